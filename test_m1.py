@@ -1,0 +1,863 @@
+"""Proof. Run with: python -m pytest -q test_m1.py        (about 90 s on two CPU cores)
+
+1. The released code's numbers      4. The objective
+2. Lightning attention              5. Tasks, sampling, training
+3. The model                        6. Scripts, bad input, documentation
+"""
+
+import ast
+import csv
+import dataclasses
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bench
+import cispo
+import model as m1
+import sample
+import tasks
+import train_rl
+from lightning_attn import FORMS, decay_slopes, lightning_attention, lightning_recurrent, lightning_step
+from model import M1Config, MiniMaxM1, count_parameters, load_pretrained, save_pretrained
+
+HERE = Path(__file__).parent
+TOKENIZER = sample.Tokenizer.byte()
+
+
+def relative_error(x, reference):
+    return ((x.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def small_config(**changes):
+    """Both kinds of attention, odd sizes, fast."""
+    shape = dict(hidden_size=24, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
+                 intermediate_size=20, num_local_experts=4, attn_type_list=[0, 1, 0, 1], rotary_dim=6)  # fmt: skip
+    return M1Config.preset("tiny", **{**shape, **changes})
+
+
+def small_model(seed=0, dtype=torch.float64, **changes):
+    torch.manual_seed(seed)
+    return MiniMaxM1(small_config(**changes)).to(dtype)
+
+
+# ============================================================================
+# 1. The released code's numbers                              (parity/, 2e-4)
+# ============================================================================
+
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def released():
+    return {
+        k: torch.from_numpy(v) if v.dtype.kind in "fi" else v for k, v in np.load(HERE / "parity/expected.npz").items()
+    }
+
+
+@pytest.fixture(scope="module")
+def parity_model():
+    return load_pretrained(HERE / "parity")
+
+
+def worst(x, reference):
+    return (x - reference).abs().max().item()
+
+
+@pytest.mark.parametrize("form", ["loop", "dense"])
+@torch.no_grad()
+def test_logits_are_those_of_the_released_code(released, form):
+    model = load_pretrained(HERE / "parity")
+    for layer in model.layers:
+        layer.block_sparse_moe.form = form
+    assert worst(model(released["long_ids"]), released["long_logits"]) < TOLERANCE
+    assert worst(model(released["short_ids"]), released["short_logits"]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_left_padded_rows_get_what_the_released_code_gives_each_sequence_alone(released, parity_model):
+    mask = released["pad_mask"].bool()
+    logits = parity_model(released["pad_ids"], mask=mask)
+    alone = {int(mask[2].sum()): released["short_logits"][0]}
+    for row in range(3):
+        n = int(mask[row].sum())
+        reference = alone[n] if n in alone else parity_model(released["pad_ids"][row : row + 1, -n:])[0]
+        assert worst(logits[row, -n:], reference) < TOLERANCE
+    assert worst(logits[0], released["long_logits"][0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("pieces", [[250], [100, 100, 50], [249, 1]])
+@torch.no_grad()
+def test_prefill_in_pieces_then_decoding_gives_the_released_logits(released, parity_model, pieces):
+    ids, cache = released["long_ids"], parity_model.new_cache(3, 300)
+    for piece in ids[:, :250].split(pieces, dim=1):
+        logits = parity_model(piece, cache=cache, last_only=True)
+    assert worst(logits[:, 0], released["dec_prefill_logits_last"]) < TOLERANCE
+    decoded = [parity_model(ids[:, t : t + 1], cache=cache) for t in range(250, 300)]
+    assert worst(torch.cat(decoded, 1), released["dec_logits"]) < TOLERANCE
+
+
+def test_greedy_generation_gives_the_released_tokens(released, parity_model):
+    prompt = released["short_ids"][0].tolist()
+    rollout = sample.generate(parity_model, [prompt], max_new_tokens=24, temperature=0, eos_id=-1, seed=0)
+    assert rollout.tokens[0].tolist() == released["greedy_ids"][0].tolist()
+
+
+def test_loss_and_gradient_norms_are_those_of_the_released_code(released):
+    model = load_pretrained(HERE / "parity")
+    ids = released["long_ids"][:2]
+    loss = -model.logp(ids[:, :-1], ids[:, 1:]).mean()
+    loss.backward()
+    assert abs(loss.item() - float(released["grad_loss"])) < TOLERANCE
+    for p in model.parameters():
+        p.data = p.grad
+    gradients = m1.published_tensors(model)
+    for name, norm in zip(released["grad_names"], released["grad_norms"].tolist()):
+        assert float(gradients[str(name)].norm()) == pytest.approx(norm, rel=TOLERANCE), name
+
+
+def test_the_456_b_preset_has_exactly_the_published_parameters():
+    n = count_parameters(M1Config.preset("m1"))
+    assert (n["total"], n["active"], n["active_with_head"]) == (456_089_655_296, 45_944_920_064, 47_174_113_280)
+    with torch.device("meta"):
+        assert len(m1.published_tensors(MiniMaxM1(M1Config.preset("m1")))) == 8243
+
+
+# ============================================================================
+# 2. Lightning attention
+# ============================================================================
+
+
+def attention_inputs(L, B=2, H=3, K=8, V=5, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (F.silu(torch.randn(B, L, H, n, generator=g, dtype=torch.float64)) for n in (K, K, V))
+    state = torch.randn(B, H, K, V, generator=g, dtype=torch.float64)
+    return [x.to(dtype) for x in (q, k, v, state)]
+
+
+def test_slopes_are_the_released_geometric_ones_also_for_odd_head_counts():
+    torch.testing.assert_close(decay_slopes(8, 0, 8), torch.tensor([2.0**-i for i in range(1, 9)]) * (1 + 1e-5))
+    four, eight = [2.0 ** (-2 * i) for i in range(1, 5)], [2.0**-i for i in range(1, 9)]
+    torch.testing.assert_close(decay_slopes(6, 1, 3), torch.tensor(four + [eight[0], eight[2]]) * (0.5 + 1e-5))
+    assert float(decay_slopes(1, 0, 1)) == pytest.approx(2.0**-8 * (1 + 1e-5))
+    assert float(np.log(2) / decay_slopes(64, 78, 80)[-1]) == pytest.approx(14007, rel=1e-3)  # half-life in tokens
+
+
+SLOPES = {
+    "steep": torch.tensor([0.9, 30.0, 1e4]),
+    "slow": decay_slopes(64, 79, 80)[-3:],
+    "usual": decay_slopes(3, 1, 4),
+}
+
+
+@pytest.mark.parametrize("slopes", SLOPES)
+@pytest.mark.parametrize("L", [1, 2, 63, 64, 65, 130])
+def test_all_forms_agree_with_the_recurrent_definition_in_outputs_states_and_gradients(L, slopes):
+    slope, leaves = SLOPES[slopes], [x.requires_grad_() for x in attention_inputs(L)]
+    g = torch.Generator().manual_seed(1)
+    do, dstate = (torch.randn(x.shape, generator=g, dtype=torch.float64) for x in leaves[2:])
+
+    def run(impl, dtype):
+        q, k, v, state = inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        o, last = lightning_attention(q, k, v, slope, state, impl=impl)
+        return [o, last, *torch.autograd.grad((o, last), inputs, (do.to(dtype), dstate.to(dtype)))]
+
+    reference = run("recurrent", torch.float64)
+    for impl in FORMS:
+        for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+            for x, r in zip(run(impl, dtype), reference):
+                assert x.dtype == dtype and (relative_error(x, r) < bound or worst(x, r) < 1e-30)
+
+
+@pytest.mark.parametrize("slope", [decay_slopes(2, 0, 8), decay_slopes(64, 78, 80)[-2:]], ids=["fast", "slow"])
+def test_64k_tokens_stay_exact_in_fp32(slope):
+    """Rounding lam itself to fp32 would cost 6e-4 on the slow head here."""
+    q, k, v, state = attention_inputs(65_536, B=1, H=2, K=4, V=4)
+    reference = lightning_recurrent(q, k, v, slope, state)
+    single = [x.float() for x in (q, k, v)]
+    for impl, bound in (("recurrent", 2e-5), ("chunk", 2e-5)):
+        for x, r in zip(lightning_attention(*single, slope, state.float(), impl=impl), reference):
+            assert relative_error(x, r) < bound, impl
+
+
+def test_the_step_is_the_recurrence_and_works_in_place():
+    q, k, v, state = attention_inputs(5)
+    slope = decay_slopes(3, 0, 4)
+    o, last = lightning_recurrent(q, k, v, slope, state)
+    running = state.clone()
+    steps = [lightning_step(q[:, t], k[:, t], v[:, t], slope, running) for t in range(5)]
+    assert relative_error(torch.stack(steps, 1), o) < 1e-14 and relative_error(running, last) < 1e-14
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_packed_sequences_get_what_each_gets_alone(impl):
+    q, k, v, _ = attention_inputs(20, B=1)
+    slope, states = decay_slopes(3, 0, 4), attention_inputs(1, B=4)[3]
+    bounds = [0, 7, 7, 19, 20]  # one of the four is empty
+    o, last = lightning_attention(q, k, v, slope, states, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), impl=impl)
+    for n, (a, b) in enumerate(zip(bounds, bounds[1:])):
+        alone = lightning_recurrent(q[:, a:b], k[:, a:b], v[:, a:b], slope, states[n : n + 1])
+        torch.testing.assert_close(o[:, a:b], alone[0])
+        torch.testing.assert_close(last[n : n + 1], alone[1])
+
+
+def test_half_precision_inputs_keep_an_fp32_state():
+    q, k, v, _ = attention_inputs(70, dtype=torch.bfloat16)
+    o, last = lightning_attention(q, k, v, decay_slopes(3, 0, 4))
+    reference = lightning_recurrent(q.double(), k.double(), v.double(), decay_slopes(3, 0, 4))[0]
+    assert (o.dtype, last.dtype) == (torch.bfloat16, torch.float32) and relative_error(o, reference) < 3e-3
+
+
+# ============================================================================
+# 3. The model
+# ============================================================================
+
+
+@torch.no_grad()
+def test_decoding_token_by_token_equals_one_parallel_pass():
+    model, ids = small_model(), torch.randint(272, (3, 20))
+    cache = model.new_cache(3, 20)
+    decoded = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(20)], 1)
+    assert worst(decoded, model(ids)) < 1e-12
+    assert cache.position.tolist() == [20, 20, 20]
+
+
+@torch.no_grad()
+def test_a_token_never_sees_later_ones():
+    model, ids = small_model(), torch.randint(272, (1, 30))
+    changed = ids.clone()
+    changed[:, 17:] = (changed[:, 17:] + 1) % 272
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :17], after[:, :17]) and not torch.equal(before[:, 17], after[:, 17])
+
+
+@torch.no_grad()
+def test_packed_and_left_padded_sequences_get_what_each_gets_alone():
+    model = small_model()
+    sequences = [torch.randint(272, (n,)) for n in (9, 1, 70)]
+    alone = [model(s[None])[0] for s in sequences]
+    bounds = F.pad(torch.tensor([9, 1, 70]).cumsum(0), (1, 0)).int()
+    assert worst(model(torch.cat(sequences)[None], cu_seqlens=bounds)[0], torch.cat(alone)) < 1e-12
+    for junk in (0, 271):  # whatever stands in the padding
+        tokens, mask = sample.left_pad(sequences, junk, "cpu")
+        logits = model(tokens, mask=mask)
+        for row, reference in enumerate(alone):
+            assert worst(logits[row, -len(reference) :], reference) < 1e-12
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_continue_with_different_numbers_of_tokens_and_can_be_given_to_others():
+    model = small_model()
+    cache, history = model.new_cache(3, 64), [torch.empty(0, dtype=torch.int64)] * 3
+    for lengths in ((5, 9, 2), (1, 0, 6), (1, 1, 1), (0, 1, 0)):
+        new = [torch.randint(272, (n,)) for n in lengths]
+        history = [torch.cat(x) for x in zip(history, new)]
+        logits = model(*sample.left_pad(new, 3, "cpu")[:1], mask=sample.left_pad(new, 3, "cpu")[1], cache=cache)
+        for row, n in enumerate(lengths):
+            if n:
+                assert worst(logits[row, -n:], model(history[row][None])[0, -n:]) < 1e-12
+    cache.reset(torch.tensor([1]))
+    cache, history = cache.select(torch.tensor([1, 2, 1])), [history[1][:0], history[2], history[1][:0]]
+    new = torch.randint(272, (3, 4))
+    logits = model(new, cache=cache)
+    for row in range(3):
+        assert worst(logits[row], model(torch.cat([history[row], new[row]])[None])[0, -4:]) < 1e-12
+    with pytest.raises(ValueError, match="the cache holds 64"):
+        model(torch.zeros(3, 60, dtype=torch.int64), cache=cache)
+
+
+def test_expert_forms_agree_in_outputs_and_gradients():
+    moe, x = small_model().layers[0].block_sparse_moe, torch.randn(2, 9, 24, dtype=torch.float64)
+    results = {}
+    for form in ("loop", "dense"):
+        moe.form = form
+        out, _ = moe(x)
+        results[form] = [out, *torch.autograd.grad(out.sin().sum(), [moe.w1, moe.w2, moe.w3, moe.gate.weight])]
+    for a, b in zip(*results.values()):
+        assert relative_error(a, b) < 1e-12
+    chosen = F.linear(x[0, 0], moe.gate.weight).softmax(-1).topk(2)
+    by_hand = sum(
+        w / chosen.values.sum() * ((F.silu(moe.w1[e] @ x[0, 0]) * (moe.w3[e] @ x[0, 0])) @ moe.w2[e])
+        for w, e in zip(chosen.values, chosen.indices)
+    )
+    assert relative_error(results["loop"][0][0, 0], by_hand) < 1e-12
+
+
+def test_the_router_loss_is_k_when_balanced_and_e_when_collapsed_in_one_layer_even_if_the_pool_looks_balanced():
+    moe = small_model().layers[0].block_sparse_moe
+    E, k = 4, 2
+    balanced = moe.routing(torch.full((8, E), 1 / E), torch.tensor([[0, 1], [2, 3]] * 4), None)
+    assert float(balanced.loss) == pytest.approx(k) and balanced.load.tolist() == [0.5] * 4
+    first = moe.routing(torch.tensor([[0.5, 0.5, 0, 0]] * 8), torch.tensor([[0, 1]] * 8), None)
+    second = moe.routing(torch.tensor([[0, 0, 0.5, 0.5]] * 8), torch.tensor([[2, 3]] * 8), None)
+    assert float(first.loss) == float(second.loss) == pytest.approx(E)
+    pooled = E * ((first.load + second.load) / 2 * (first.prob + second.prob) / 2).sum()
+    assert float(pooled) == pytest.approx(k)  # what the released code would see
+    with_padding = moe.routing(
+        torch.cat([torch.tensor([[0.5, 0.5, 0, 0]]), torch.full((8, E), 1 / E)]),
+        torch.tensor([[0, 1]] + [[0, 1], [2, 3]] * 4),
+        torch.tensor([[False] + [True] * 8]),
+    )
+    assert float(with_padding.loss) == pytest.approx(k)
+
+
+@torch.no_grad()
+def test_the_shared_expert_and_the_pre_norm_residual_follow_their_formulas():
+    model = small_model(shared_intermediate_size=1, num_hidden_layers=1, attn_type_list=[0], postnorm=False)
+    block, x = model.layers[0], torch.randn(1, 5, 24, dtype=torch.float64)
+    at = model._layout(torch.zeros(1, 5, dtype=torch.int64), None, None, None)
+    c = model.config
+    y = c.layernorm_linear_attention_alpha * x + block.self_attn(block.input_layernorm(x), at)
+    n2 = block.post_attention_layernorm(y)
+    gate = torch.sigmoid(n2 @ block.coefficient.weight.T)
+    expected = c.layernorm_mlp_alpha * y + block.block_sparse_moe(n2)[0] * (1 - gate) + block.shared_mlp(n2) * gate
+    assert worst(block(x, at)[0], expected) < 1e-12
+    assert "model.layers.0.shared_mlp.gate_proj.weight" in m1.published_tensors(model)
+
+
+def test_log_probs_in_blocks_equal_those_from_whole_logits():
+    model, ids = small_model(), torch.randint(272, (2, 12))
+    hidden, _ = model.hidden(ids[:, :-1])
+    whole = (model.head(hidden) / 0.7).log_softmax(-1)
+    for max_logits in (2**24, 272 * 5):
+        logp, entropy = model.target_logp(hidden, ids[:, 1:], 0.7, True, max_logits)
+        assert worst(logp, whole.gather(-1, ids[:, 1:, None])[..., 0]) < 1e-12
+        assert worst(entropy, -(whole.exp() * whole).sum(-1)) < 1e-12
+        gradient = torch.autograd.grad(logp.sum(), model.lm_head.weight, retain_graph=True)[0]
+        assert relative_error(gradient, torch.autograd.grad(
+            whole.gather(-1, ids[:, 1:, None]).sum(), model.lm_head.weight, retain_graph=True)[0]) < 1e-12  # fmt: skip
+
+
+@torch.no_grad()
+def test_logits_and_router_stay_fp32_in_a_bf16_model(tmp_path):
+    save_pretrained(small_model(dtype=torch.float32), tmp_path / "a")
+    model = load_pretrained(tmp_path / "a", dtype=torch.bfloat16)
+    ids = torch.randint(272, (2, 9))
+    assert model(ids).dtype == torch.float32 and model.layers[0].block_sparse_moe.gate.weight.dtype == torch.float32
+    hidden, _ = model.hidden(ids)
+    assert hidden.dtype == torch.float32 and not torch.equal(hidden, hidden.bfloat16().float())
+    assert torch.equal(model(ids), F.linear(hidden, model.lm_head.weight.float()))
+
+
+@torch.no_grad()
+def test_saving_and_loading_gives_the_same_logits_and_the_same_bytes(tmp_path):
+    model, ids = small_model(dtype=torch.float32, shared_intermediate_size=8), torch.randint(272, (1, 11))
+    save_pretrained(model, tmp_path / "a", max_shard_bytes=40_000)
+    again = load_pretrained(tmp_path / "a")
+    save_pretrained(again, tmp_path / "b", max_shard_bytes=40_000)
+    files = sorted(f.name for f in (tmp_path / "a").iterdir())
+    assert len(files) > 4 and f"model-00000-of-{len(files) - 2:05d}.safetensors" in files
+    assert files == sorted(f.name for f in (tmp_path / "b").iterdir())
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    assert torch.equal(model(ids), again(ids)) and again.config == model.config
+    with pytest.raises(ValueError, match="exists already"):
+        save_pretrained(model, tmp_path / "a")
+
+
+def test_the_reference_checkpoint_survives_a_round_trip(tmp_path):
+    model = load_pretrained(HERE / "parity")
+    save_pretrained(model, tmp_path / "copy")
+    copy = load_pretrained(tmp_path / "copy")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copy.parameters()))
+    assert {p.dtype for p in load_pretrained(HERE / "parity", dtype=torch.float64).parameters()} == {torch.float64}
+
+
+# ============================================================================
+# 4. The objective
+# ============================================================================
+
+
+def test_group_advantages_compare_siblings_and_vanish_exactly_in_flat_groups():
+    rewards = torch.tensor([1.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])
+    advantages = cispo.group_advantages(rewards, 4)
+    expected = (1.0 - 0.25) / (3 / 16) ** 0.5
+    torch.testing.assert_close(advantages[:4], torch.tensor([expected] + [-expected / 3] * 3))
+    assert torch.equal(advantages[4:], torch.zeros(4))
+    assert cispo.informative_groups(rewards, 4).tolist() == [True, False]
+    torch.testing.assert_close(cispo.group_advantages(rewards, 4, normalize_std=False)[0], torch.tensor(0.75))
+
+
+# d J / d log pi for r = 0.5, 1, 1.5, 8 and A = +1, -1, derived by hand from eq. 1, 3, 4-5, 6-7
+GRADIENTS = {
+    "reinforce": [0.5, -0.5, 1, -1, 1.5, -1.5, 8, -8],
+    "cispo": [0.5, -0.5, 1, -1, 1.5, -1.5, 5, -5],
+    "unified": [0.5, 0, 1, -1, 0, -1.5, 0, -5],
+    "dapo": [0.5, 0, 1, -1, 0, -1.5, 0, -8],
+    "grpo": [0.5, 0, 1, -1, 0, -1.5, 0, -8],
+}
+
+
+@pytest.mark.parametrize("algo", cispo.ALGORITHMS)
+def test_gradient_per_token_is_the_hand_derived_one(algo):
+    logp = torch.tensor([0.5, 0.5, 1, 1, 1.5, 1.5, 8, 8], dtype=torch.float64).log()[:, None].requires_grad_()
+    advantages = torch.tensor([1.0, -1.0] * 4)
+    loss, stats = cispo.policy_loss(logp, torch.zeros_like(logp), advantages, torch.ones_like(logp), algo=algo)
+    gradient = -torch.autograd.grad(loss, logp)[0]
+    torch.testing.assert_close(
+        gradient[:, 0], torch.tensor(GRADIENTS[algo], dtype=torch.float64), atol=1e-14, rtol=1e-14
+    )
+    assert stats["ratio_max"] == pytest.approx(8) and stats["ppo_would_drop_frac"] == 3 / 8
+
+
+def random_update(seed=0, N=6, T=7):
+    g = torch.Generator().manual_seed(seed)
+    old = -torch.rand(N, T, generator=g, dtype=torch.float64) * 3
+    logp = (old + 0.5 * torch.randn(N, T, generator=g, dtype=torch.float64)).requires_grad_()
+    mask = torch.rand(N, T, generator=g) < 0.7
+    advantages = torch.randn(N, generator=g, dtype=torch.float64)
+    return logp, old, advantages, mask
+
+
+@pytest.mark.parametrize("algo, high", [("dapo", 0.28), ("grpo", 0.2)])
+def test_masked_losses_have_the_gradient_of_ppos_min_form(algo, high):
+    for seed in range(20):
+        logp, old, advantages, mask = random_update(seed)
+        weights = cispo.token_weights(mask).double()
+        r, A = (logp - old).exp(), advantages[:, None]
+        min_form = -(weights * torch.minimum(r * A, r.clamp(1 - 0.2, 1 + high) * A)).sum()
+        loss, _ = cispo.policy_loss(logp, old, advantages, weights, algo=algo)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, logp)[0], torch.autograd.grad(min_form, logp)[0], rtol=1e-13, atol=1e-16
+        )
+
+
+@pytest.mark.parametrize("mode", cispo.WEIGHT_MODES)
+def test_padding_and_micro_batches_change_no_gradient(mode):
+    logp, old, advantages, mask = random_update()
+    weights = cispo.token_weights(mask, mode, group_size=3)
+    assert float(weights.sum()) == pytest.approx(1) and (weights >= 0).all() and not weights[~mask].any()
+    gradient = torch.autograd.grad(cispo.policy_loss(logp, old, advantages, weights)[0], logp)[0]
+
+    padded = [
+        F.pad(x.detach(), (2, 3), value=value) for x, value in ((logp, torch.nan), (old, torch.nan), (mask, False))
+    ]
+    padded[0].requires_grad_()
+    wide = cispo.token_weights(padded[2], mode, group_size=3)
+    loss = cispo.policy_loss(*padded[:2], advantages, wide)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, padded[0])[0][:, 2:-3], gradient)
+
+    parts = [
+        cispo.policy_loss(logp[i : i + 2], old[i : i + 2], advantages[i : i + 2], weights[i : i + 2])[0]
+        for i in (0, 2, 4)
+    ]
+    torch.testing.assert_close(torch.autograd.grad(sum(parts), logp)[0], gradient)
+    flat = cispo.policy_loss(logp[mask], old[mask], advantages[:, None].expand_as(mask)[mask], weights[mask])[0]
+    torch.testing.assert_close(torch.autograd.grad(flat, logp)[0], gradient)
+
+
+def test_token_weights_are_the_means_they_are_named_after():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]], dtype=torch.bool)
+    per_row = {"batch": [1 / 6, 1 / 6, 1 / 6], "group": [1 / 8, 1 / 8, 1 / 4], "sequence": [1 / 9, 1 / 3, 1 / 6]}
+    for mode, expected in per_row.items():
+        assert cispo.token_weights(mask, mode, group_size=2)[:3, 0].tolist() == pytest.approx(expected)
+    assert cispo.token_weights(mask, "combined")[0, 0] == pytest.approx((1 / 6 + 1 / 9) / 2)
+
+
+def test_a_ratio_of_one_gives_every_algorithm_the_same_gradient():
+    logp, _, advantages, mask = random_update()
+    weights = cispo.token_weights(mask)
+    losses = [cispo.policy_loss(logp, logp.detach(), advantages, weights, algo=a)[0] for a in cispo.ALGORITHMS]
+    gradients = [torch.autograd.grad(loss, logp)[0] for loss in losses]
+    assert all(torch.equal(g, gradients[0]) for g in gradients)
+
+
+def test_statistics_are_those_of_the_trained_tokens():
+    logp, old, advantages, mask = random_update()
+    _, stats = cispo.policy_loss(logp, old, advantages, cispo.token_weights(mask), eps_low=0.3, eps_high=0.4)
+    r = (logp - old).exp()[mask].detach()
+    A = advantages[:, None].expand_as(mask)[mask]
+    expected = {
+        "ratio_mean": r.mean(), "ratio_min": r.min(), "ratio_max": r.max(),
+        "weight_clip_frac_high": (r > 1.4).double().mean(), "weight_clip_frac_low": (r < 0.7).double().mean(),
+        "ppo_would_drop_frac": (((A > 0) & (r > 1.28)) | ((A < 0) & (r < 0.8))).double().mean(),
+        "kl_k1": -r.log().mean(), "kl_k3": (r - 1 - r.log()).mean(), "ess": r.sum() ** 2 / (r**2).sum() / len(r),
+    }  # fmt: skip
+    assert stats == pytest.approx({name: float(x) for name, x in expected.items()})
+
+
+def test_overlong_penalty_falls_from_0_to_minus_1_over_the_buffer():
+    lengths = torch.tensor([1, 80, 85, 90, 100, 130])
+    assert cispo.overlong_penalty(lengths, 100, 20).tolist() == pytest.approx([0, 0, -0.25, -0.5, -1, -1])
+
+
+def test_prob_correlation_is_pearsons_r_of_probabilities():
+    a, b = torch.rand(2, 4, 5, dtype=torch.float64)
+    mask = torch.rand(4, 5) < 0.8
+    expected = np.corrcoef(a[mask].numpy(), b[mask].numpy())[0, 1]
+    assert cispo.prob_correlation(a.log(), b.log(), mask) == pytest.approx(expected)
+    assert cispo.prob_correlation(a.log(), a.log(), mask) == pytest.approx(1)
+
+
+# ============================================================================
+# 5. Tasks, sampling, training
+# ============================================================================
+
+
+@pytest.mark.parametrize(
+    "task, prompt, chain",
+    [("mod", "+314204=", "343004"), ("walk", "5rulldr=", "632145"), ("cups", "2abcacb=", "111223")],
+)
+def test_chains_are_those_worked_out_by_hand(task, prompt, chain):
+    rng = random.Random(0)
+    found = next(p for p in (tasks.TASKS[task](rng, 6) for _ in range(200_000)) if p.prompt == prompt)
+    assert (found.chain, found.answer) == (chain, chain[-1])
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_verifiers_pay_right_answers_little_for_form_and_nothing_for_nonsense(task):
+    problem = tasks.draw(random.Random(1), 1, [task], 6)[0]
+    right, wrong = problem.answer, "1" if problem.answer != "1" else "2"
+    cases = {
+        f"~{problem.chain}</think>{right}": (1.1, True, True),
+        f".</think>{right}": (1.1, False, True),
+        f"~{problem.chain}</think>{wrong}": (0.1, True, True),
+        f".</think>{right}{right}": (0.1, False, True),
+        f"</think>{right}": (0, False, False),
+        f".</think></think>{right}": (0, False, False),
+        f".</think>{right}</think>{right}": (0, False, False),
+        f"~{right}": (0, True, False),
+        ".</think>": (0, False, False),
+        "": (0, False, False),
+    }
+    for text, (reward, forked, well_formed) in cases.items():
+        s = tasks.score(problem, text)
+        assert (s.reward, s.forked, s.well_formed) == (pytest.approx(reward), forked, well_formed), text
+        assert tasks.score(problem, text, ended=False).reward == 0
+
+
+def test_held_out_problems_are_distinct_and_never_trained_on():
+    held_out = tasks.draw(random.Random(0), 300, list(tasks.TASKS), 6, held_out=True)
+    training = tasks.draw(random.Random(0), 3000, list(tasks.TASKS), 6)
+    prompts = {p.prompt for p in held_out}
+    assert len(prompts) == 300 and not prompts & {p.prompt for p in training}
+    assert [sum(p.task == t for p in held_out) for t in tasks.TASKS] == [100, 100, 100]
+    with pytest.raises(ValueError, match="held-out problems"):
+        tasks.draw(random.Random(0), 500, ["cups"], 2, held_out=True)
+
+
+def test_the_byte_tokenizer_keeps_any_text_and_lets_no_text_spell_a_special_token():
+    text = "Lösung: +31= </think> \u4e2d\n\0"
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+    assert max(TOKENIZER.encode(text)) < 256 and TOKENIZER.think_end_id in TOKENIZER.encode(text, specials=True)
+    assert TOKENIZER.encoding.n_vocab == 272
+
+
+def test_a_fork_without_loss_stays_visible_as_input():
+    flags = train_rl.Flags(fork_prior=0.0)
+    batch = train_rl.demonstrations(flags, random.Random(0), TOKENIZER, 64, "cpu")
+    fork = TOKENIZER.encode(tasks.FORK)[0]
+    forked = (batch.tokens == fork).any(1)
+    assert 16 < int(forked.sum()) < 48  # half of them, by chance
+    for row in forked.nonzero()[:, 0]:
+        at = int((batch.tokens[row] == fork).nonzero())
+        assert batch.mask[row, at] and not batch.trained[row, at - 1] and batch.trained[row, at]
+    for row in (~forked).nonzero()[:, 0]:
+        n_trained = int(batch.trained[row].sum())
+        assert n_trained == 4 and batch.trained[row, -4:].all()  # . </think> answer end
+    assert not batch.trained[:, :7].any()  # no loss on prompts
+
+
+@pytest.fixture(scope="module")
+def rollout():
+    model = MiniMaxM1(M1Config.preset("tiny", num_hidden_layers=4, attn_type_list=[0, 0, 0, 1]))
+    prompts = [TOKENIZER.encode(t) for t in ("+12=", "2abca=", "7=")]
+    kw = dict(group_size=4, max_new_tokens=24, temperature=0.8, eos_id=104, seed=5)
+    return model, prompts, kw, sample.generate(model, prompts, **kw)
+
+
+def test_recorded_log_probs_are_those_of_training_mode(rollout):
+    model, prompts, kw, r = rollout
+    assert {"eos", "length"} == set(r.ended) and r.tokens.shape[0] == 12
+    rows = [row[:n].tolist() for row, n in zip(r.tokens, r.lengths)]
+    batch = train_rl.make_batch([p for p in prompts for _ in range(4)], rows, [[True] * len(x) for x in rows], "cpu")
+    with torch.no_grad():
+        logp, _ = train_rl.trained_logp(model, batch, temperature=0.8)
+    assert worst(logp, r.logp[r.mask]) < 2e-5
+    assert cispo.prob_correlation(logp, r.logp[r.mask], torch.ones_like(logp, dtype=torch.bool)) > 0.999999
+
+
+def test_responses_end_where_they_say_and_padding_follows(rollout):
+    _, _, kw, r = rollout
+    for i, (n, why) in enumerate(zip(r.lengths.tolist(), r.ended)):
+        row = r.tokens[i].tolist()
+        assert 104 not in row[: n - 1] and set(row[n:]) <= {0}
+        assert (why == "eos") == (row[n - 1] == 104) and (why != "length" or n == 24)
+        assert r.mask[i].tolist() == [t < n for t in range(r.tokens.shape[1])]
+
+
+def test_the_same_seed_gives_the_same_responses_and_another_seed_others(rollout):
+    model, prompts, kw, r = rollout
+    again = sample.generate(model, prompts, **kw)
+    assert torch.equal(r.tokens, again.tokens) and torch.equal(r.logp, again.logp)
+    other = sample.generate(model, prompts, **{**kw, "seed": 6}).tokens
+    assert other.shape != r.tokens.shape or not torch.equal(r.tokens, other)
+
+
+def test_samples_follow_temperature_and_top_p_and_record_the_log_prob_of_what_was_sampled_from():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).repeat(40_000, 1)
+    g = torch.Generator().manual_seed(0)
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
+        p = (logits[0] / temperature).softmax(-1)
+        if top_p < 1:  # 0.64 + 0.24 reach 0.8: two tokens stay
+            p = torch.tensor([p[0], p[1], 0, 0]) / (p[0] + p[1])
+        token, logp = sample.sample_tokens(logits, temperature, top_p, g)
+        frequency = token.bincount(minlength=4) / len(token)
+        assert worst(frequency, p) < 0.01
+        torch.testing.assert_close(logp, p.log()[token])
+    assert sample.sample_tokens(logits, 0, 1.0, g)[0].unique().tolist() == [0]
+
+
+def test_a_used_up_thinking_budget_closes_the_thinking_and_the_token_is_not_trained_on(rollout):
+    model, prompts, kw, _ = rollout
+    r = sample.generate(model, prompts, **{**kw, "eos_id": -1}, think_end_id=262, think_budget=3)
+    assert (r.tokens[:, 3] == 262).all() and not r.mask[:, 3].any() and (r.logp[:, 3] == 0).all()
+    assert r.mask[:, :3].all() and r.mask[:, 4:].all() and (r.lengths == 24).all()
+    first = int(r.tokens[0, 4])
+    cut = sample.generate(model, prompts, **{**kw, "eos_id": first}, think_end_id=262, think_budget=3)
+    assert "budget" in cut.ended and "eos" not in [e for e, n in zip(cut.ended, cut.lengths) if n > 4]
+
+
+def test_a_looping_response_is_stopped():
+    model = MiniMaxM1(M1Config.preset("tiny", num_hidden_layers=1))
+    with torch.no_grad():
+        model.lm_head.weight *= 1e6  # every token is certain
+    kw = dict(max_new_tokens=30, eos_id=-1, seed=0)
+    r = sample.generate(model, [[65], [66]], **kw, repetition_stop=6)
+    assert r.ended == ["repetition"] * 2 and r.lengths.tolist() == [6, 6]
+    assert sample.generate(model, [[65]], **kw).ended == ["length"]
+
+
+TINY_RUN = ["--sft-steps", "12", "--sft-batch", "8", "--steps", "3", "--prompts", "6", "--group-size", "4", "--moves", "3",
+            "--eval-problems", "6", "--eval-samples", "2", "--eval-every", "2", "--min-groups", "1", "--lr", "3e-3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    return folder, train_rl.main([*TINY_RUN, "--task", "mod", "--out", str(folder)])
+
+
+def test_the_ratio_is_exactly_one_at_the_first_minibatch_and_moves_after_it():
+    flags = train_rl.Flags(prompts=6, group_size=4, moves=2, min_groups=1, fork_prior=0.5)
+    torch.manual_seed(0)
+    model = MiniMaxM1(M1Config.preset("tiny"))
+    optimizer = train_rl.make_optimizer(model, 1e-3)
+    problems = tasks.draw(random.Random(0), 6, ["mod"], 2)
+    rollout, _ = train_rl.respond(model, TOKENIZER, problems, flags, 0, 4)
+    rows = [row[:n].tolist() for row, n in zip(rollout.tokens, rollout.lengths)]
+    prompts = [TOKENIZER.encode(p.prompt) for p in problems for _ in range(4)]
+    batch = train_rl.make_batch(prompts, rows, [[True] * len(r) for r in rows], "cpu")
+    experience = train_rl.Experience(batch, torch.rand(24), rollout.logp[rollout.mask], {})
+    ratios = {}
+    for k in (1, 3):
+        log = train_rl.update(model, optimizer, experience, dataclasses.replace(flags, updates_per_rollout=k), 1e-3)
+        ratios[k] = (log["ratio_min"], log["ratio_max"])
+        experience = experience._replace(infer_logp=experience.infer_logp)
+    assert ratios[1] == (1.0, 1.0) and ratios[3][0] < 1 < ratios[3][1]
+
+
+def test_the_same_seed_writes_the_same_log_and_the_run_folder_explains_itself(run, tmp_path):
+    folder, summary = run
+    train_rl.main([*TINY_RUN, "--task", "mod", "--out", str(tmp_path / "b")])
+
+    def log(path):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(path / "log.csv"))]
+
+    assert len(log(folder)) == 4 and log(folder) == log(tmp_path / "b")
+    assert {"run.json", "log.csv", "samples.txt", "curves.png", "summary.json", "latest"} <= {
+        f.name for f in folder.iterdir()
+    }
+    assert (folder / "latest").read_text().strip() == "step-000003"
+    stored = json.loads((folder / "summary.json").read_text())
+    assert stored == summary and {"accuracy_start", "accuracy_end", "seconds", "seed"} <= stored.keys()
+
+
+def test_a_saved_run_scores_again_what_its_summary_says_and_starts_another_run(run, tmp_path, capsys):
+    folder, summary = run
+    assert train_rl.main(["--eval", str(folder)])["accuracy"] == summary["accuracy_end"]
+    train_rl.main([*TINY_RUN, "--task", "mod", "--steps", "1", "--init", str(folder), "--out", str(tmp_path / "c")])
+    sample.main(["--model", str(folder), "--prompt", "+3=", "--n", "2", "--max-new-tokens", "5"])
+    assert capsys.readouterr().out.count("tokens, ended by") == 2
+
+
+# ============================================================================
+# 6. Scripts, bad input, documentation
+# ============================================================================
+
+
+def test_flops_reproduce_the_markers_of_figure_1(tmp_path):
+    bench.main(["flops", "--out", str(tmp_path)])
+    rows = {
+        (r["model"], r["convention"], int(r["tokens"]) // 1024): float(r["flops"])
+        for r in csv.DictReader(open(tmp_path / "flops.csv"))
+    }
+    assert {n for _, _, n in rows} >= {1, 8, 16, 32, 64, 100, 128}
+    at_128k = {"report": (6.998, 4.533, 1.708), "textbook": (5.250, 3.210, 1.522)}
+    for convention, values in at_128k.items():
+        assert [rows[m, convention, 128] / 1e16 for m in ("r1", "qwen3", "m1")] == pytest.approx(values, rel=4e-4)
+    share = [rows["m1", "report", n] / rows["r1", "report", n] for n in (32, 64, 100, 128)]
+    assert share == pytest.approx([0.584, 0.385, 0.288, 0.244], abs=5e-4)
+    assert (HERE / "figures/flops.csv").read_text() == (tmp_path / "flops.csv").read_text()
+
+
+def damaged(tmp_path, damage):
+    """A copy of the reference checkpoint with one thing wrong."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (HERE / "parity").iterdir():
+        if file.name != "expected.npz":
+            (folder / file.name).write_bytes(file.read_bytes())
+    shard, config = folder / "model-00000-of-00002.safetensors", folder / "config.json"
+    if damage == "no config":
+        config.unlink()
+    elif damage == "foreign config":
+        config.write_text(json.dumps({"model_type": "llama"}))
+    elif damage == "config not json":
+        config.write_text("{")
+    elif damage == "missing shard":
+        shard.unlink()
+    elif damage == "truncated shard":
+        shard.write_bytes(shard.read_bytes()[:1000])
+    elif damage == "other shapes":
+        config.write_text(config.read_text().replace('"intermediate_size": 24', '"intermediate_size": 32'))
+    elif damage == "missing names":
+        config.write_text(config.read_text().replace('"num_local_experts": 4', '"num_local_experts": 5'))
+    elif damage == "unexpected names":
+        config.write_text(config.read_text().replace('"num_local_experts": 4', '"num_local_experts": 3'))
+    return folder
+
+
+BAD_MODELS = {
+    "no config": "config.json does not exist",
+    "foreign config": "model_type 'llama'",
+    "config not json": "not JSON",
+    "missing shard": "model-00000-of-00002.safetensors is missing",
+    "truncated shard": "damaged",
+    "other shapes": "of another shape: 48 (model.layers.0.block_sparse_moe.experts.0.w1.weight is (24, 48), not (32, 48)",
+    "missing names": "missing: 12 (model.layers.0.block_sparse_moe.experts.4.w1.weight",
+    "unexpected names": "unexpected: 12 (model.layers.0.block_sparse_moe.experts.3.w1.weight",
+}
+
+
+@pytest.mark.parametrize("damage", BAD_MODELS)
+def test_a_damaged_or_foreign_model_directory_is_one_clear_line(tmp_path, capsys, damage):
+    with pytest.raises(SystemExit) as exit:
+        sample.main(["--model", str(damaged(tmp_path, damage)), "--prompt", "x"])
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.count("\n") == 1 and BAD_MODELS[damage] in message
+
+
+BAD_FLAGS = {
+    "train_rl --stepz 3": "--stepz",
+    "train_rl --steps many": "--steps",
+    "train_rl --task mod,chess": "choose from mod, walk, cups",
+    "train_rl --preset huge": "choose from tiny, small, base, m1",
+    "train_rl --algo ppo": "choose from reinforce, cispo",
+    "train_rl --eps-high -0.5": "below 1",
+    "train_rl --token-weights none": "choose from batch, group",
+    "train_rl --group-size 1": "at least 2",
+    "train_rl --updates-per-rollout 0": "at least 1",
+    "train_rl --lr 0": "above 0",
+    "train_rl --device tpu": "choose from auto, cpu, cuda",
+    "train_rl --init nowhere": "nowhere",
+    "train_rl --eval nowhere": "nowhere",
+    "train_rl --out .": "not empty",
+    "sample --prompt x": "--model and --prompt are needed",
+    "sample --model nowhere --prompt x": "nowhere does not exist",
+    "sample --model parity --prompt x": "tokenizer",
+    "bench speed": "choose from flops",
+    "bench": "choose from flops",
+}
+
+
+@pytest.mark.parametrize("call", BAD_FLAGS)
+def test_bad_flags_are_one_clear_line_and_touch_no_file(call, capsys, monkeypatch, tmp_path):
+    script, *argv = call.split()
+    monkeypatch.chdir(HERE if "parity" in call or "--out" in call else tmp_path)
+    before = sorted(os.listdir())
+    with pytest.raises(SystemExit) as exit:
+        {"train_rl": train_rl, "sample": sample, "bench": bench}[script].main(argv)
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.count("\n") == 1 and BAD_FLAGS[call] in message
+    assert sorted(os.listdir()) == before
+
+
+BAD_CALLS = {
+    "prompt longer than the model allows": (
+        lambda: sample.generate(MiniMaxM1(small_config(max_position_embeddings=9)), [[1] * 8], max_new_tokens=2, eos_id=0, seed=0),
+        "exceeds the model's 9",
+    ),
+    "token outside the vocabulary": (
+        lambda: sample.generate(small_model(), [[272]], max_new_tokens=2, eos_id=0, seed=0), "outside the model's vocabulary"),
+    "empty prompt": (lambda: sample.generate(small_model(), [[]], max_new_tokens=2, eos_id=0, seed=0), "at least one token"),
+    "integer queries": (lambda: lightning_attention(*[torch.ones(1, 2, 3, 4, dtype=torch.int64)] * 3, torch.ones(3)), "floating"),
+    "shapes": (lambda: lightning_attention(*attention_inputs(3)[:2], attention_inputs(4)[2], torch.ones(3)), "(B, L, H, V)"),
+    "unknown form": (lambda: lightning_attention(*attention_inputs(3)[:3], torch.ones(3), impl="fast"), "choose from auto"),
+    "state dtype": (lambda: lightning_attention(*attention_inputs(3), torch.ones(4)), "slope"),
+    "padding on the right": (
+        lambda: small_model()(torch.zeros(1, 2, dtype=torch.int64), mask=torch.tensor([[True, False]])), "padding must be on the left"),
+    "cap below 1": (lambda: cispo.weight_range("cispo", eps_high=-0.1), "below 1"),
+    "no rewards": (lambda: cispo.group_advantages(torch.tensor([]), 4), "multiple of the group size"),
+    "uneven groups": (lambda: cispo.group_advantages(torch.ones(6), 4), "multiple of the group size"),
+    "nan logp": (lambda: cispo.policy_loss(*[torch.full((1, 2), torch.nan)] * 2, torch.ones(1), torch.ones(1, 2)), "logp is not finite"),
+    "nothing to train on": (lambda: cispo.token_weights(torch.zeros(2, 3, dtype=torch.bool)), "at least one token"),
+    "odd rotary dim": (lambda: small_config(rotary_dim=3), "rotary_dim"),
+    "heads that do not divide": (lambda: small_config(num_key_value_heads=4), "multiple of num_key_value_heads"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_bad_calls_say_what_is_wrong(call):
+    function, message = BAD_CALLS[call]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        function()
+
+
+def test_every_public_function_has_a_docstring_and_every_flag_has_help():
+    for file in HERE.glob("*.py"):
+        tree = ast.parse(file.read_text())
+        assert ast.get_docstring(tree), file
+        for node in tree.body if file.name != "test_m1.py" else ():
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{file.name}: {node.name}"
+    for flags in (train_rl.Flags, sample.Flags, bench.Flags):
+        assert all(len(f.metadata["help"]) > 5 for f in dataclasses.fields(flags))
+
+
+def test_the_readmes_index_names_functions_and_tests_that_exist():
+    text = (HERE / "README.md").read_text()
+    named = re.findall(r"`(\w+\.py)::(\w+)(?:\.(\w+))?`", text)
+    assert len(named) >= 25
+    for file, name, attribute in named:
+        module = sys.modules[__name__] if file == "test_m1.py" else sys.modules.get(file[:-3]) or __import__(file[:-3])
+        assert hasattr(module, name) and (not attribute or hasattr(getattr(module, name), attribute)), f"{file}::{name}"
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (HERE / path).exists(), path
+
+
+def test_the_readmes_numbers_for_the_main_job_are_those_of_the_committed_logs():
+    text = (HERE / "README.md").read_text()
+    for seed in bench.SEEDS:
+        log = bench.read_csv(HERE / f"figures/main-seed{seed}.csv")
+        start, end = log[0]["accuracy"], log[-1]["accuracy"]
+        assert end >= 0.90 and end - start >= 0.60
+        row = bench.read_csv(HERE / "figures/main.csv")[seed]
+        assert (row["seed"], row["accuracy_end"]) == (seed, pytest.approx(end, abs=1e-6))
+        line = f"| {seed} | {start:.3f} → {end:.3f} | {row['fork_rate_start']:.2f} → {row['fork_rate_end']:.2f} |"
+        line += f" {row['length_start']:.1f} → {row['length_end']:.1f} tokens | {row['seconds']:.0f} s |"
+        assert line in text
+
+
+def test_help_works_from_a_shell():
+    for script in ("train_rl.py", "sample.py", "bench.py"):
+        done = subprocess.run([sys.executable, script, "--help"], cwd=HERE, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "--" in done.stdout
