@@ -66,7 +66,7 @@ def flops(flags):
     ]
     write_csv(out / "flops.csv", rows)
 
-    plt = pyplot()
+    plt = train_rl.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     titles = {"report": "counted as in the report", "textbook": "textbook causal counting"}
     for axis, (convention, title) in zip(axes, titles.items()):
@@ -110,16 +110,11 @@ def main_job(flags):
                 summaries.append(train_rl.main(["--device", "cpu", "--seed", str(seed), "--out", f"{folder}/run"]))
                 shutil.copy(Path(folder, "run", "log.csv"), out / f"main-seed{seed}.csv")
         write_csv(out / "main.csv", summaries)
-    logs = [read_csv(out / f"main-seed{seed}.csv") for seed in SEEDS]
+    logs = [train_rl.read_log(out / f"main-seed{seed}.csv") for seed in SEEDS]
 
-    plt = pyplot()
+    plt = train_rl.pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    panels = {
-        "accuracy": "held-out accuracy (pass@1)",
-        "eval_fork_rate": "fork rate: thinks first",
-        "eval_length": "response length, tokens",
-    }
-    for axis, (column, label) in zip(axes, panels.items()):
+    for axis, (column, (_, label)) in zip(axes, train_rl.CURVES.items()):
         draw_band(axis, logs, "step", column)
         axis.set(xlabel="RL step", ylabel=label)
     figure.suptitle("RL makes the model think first: accuracy rises with response length (band: range of 3 seeds)")
@@ -129,13 +124,13 @@ def main_job(flags):
     print("seed   accuracy before -> after    fork rate       length          seconds")
     line = "{seed:4.0f}   {accuracy_start:.3f} -> {accuracy_end:.3f}           {fork_rate_start:.2f} -> {fork_rate_end:.2f}"
     line += "    {length_start:.1f} -> {length_end:4.1f}     {seconds:.0f}"
-    for row in read_csv(out / "main.csv"):
+    for row in train_rl.read_log(out / "main.csv"):
         print(line.format(**row))
 
 
 def draw_band(axis, logs, x, y):
     """Median and range over runs of column y against column x, where it was measured."""
-    curves = [{row[x]: row[y] for row in log if row[y] != ""} for log in logs]
+    curves = [{row[x]: row[y] for row in log if y in row} for log in logs]
     at = sorted(set.intersection(*map(set, curves)))
     columns = [sorted(curve[t] for curve in curves) for t in at]
     axis.fill_between(at, [c[0] for c in columns], [c[-1] for c in columns], alpha=0.3, lw=0)
@@ -156,30 +151,12 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-def read_csv(path):
-    """A CSV file of numbers -> a list of dicts; empty cells stay ""."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; run the benchmark without --redraw first")
-    with open(path, newline="") as file:
-        return [{name: float(x) if x else "" for name, x in row.items()} for row in csv.DictReader(file)]
-
-
-def pyplot():
-    """matplotlib without a screen; imported here so that numbers can be had without it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 @dataclass(frozen=True)
 class Flags:
     """Shared by all benchmarks."""
 
     out: str = flag("figures", "folder for CSV and PNG files", "files")
-    redraw: bool = flag(False, "only draw the picture, from the CSV that is there", "files")
+    redraw: bool = flag(False, "main: only draw the picture, from the CSV files that are there", "files")
 
 
 BENCHES = {"flops": flops, "main": main_job}

@@ -38,6 +38,12 @@ def _groups(values, group_size):
     return groups
 
 
+def _flat(groups):
+    """(N / G, 1) bool: groups whose rewards are equal up to rounding, which must not be blown up into a signal."""
+    spread = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)
+    return spread <= 1e-6 * groups.abs().amax(1, keepdim=True)
+
+
 def group_advantages(rewards, group_size, normalize_std=True):
     """Eq. 2: how much better a response is than its siblings, A_i = (R_i - mean(R)) / std(R) over its group.
 
@@ -49,14 +55,16 @@ def group_advantages(rewards, group_size, normalize_std=True):
     centred = groups - groups.mean(1, keepdim=True)
     if normalize_std:
         centred = centred / groups.std(1, correction=0, keepdim=True)
-    flat = (groups == groups[:, :1]).all(1, keepdim=True)  # by equality: the mean of equal floats may be off by one bit
-    return centred.masked_fill(flat, 0.0).flatten().to(rewards.dtype if rewards.is_floating_point() else torch.float32)
+    return (
+        centred.masked_fill(_flat(groups), 0.0)
+        .flatten()
+        .to(rewards.dtype if rewards.is_floating_point() else torch.float32)
+    )
 
 
 def informative_groups(rewards, group_size):
     """Dynamic sampling (DAPO): which groups have unequal rewards and therefore a gradient. (N,) -> (N / G,) bool."""
-    groups = _groups(rewards, group_size)
-    return (groups != groups[:, :1]).any(1)
+    return ~_flat(_groups(rewards, group_size))[:, 0]
 
 
 def overlong_penalty(lengths, max_len, buffer):
@@ -88,11 +96,12 @@ def token_weights(mask, mode="batch", group_size=None):
     """
     if mode not in WEIGHT_MODES:
         raise ValueError(f"unknown token weighting {mode!r}; choose from {', '.join(WEIGHT_MODES)}")
-    if mask.ndim != 2 or not mask.any():
-        raise ValueError(f"need a mask (N, T) with at least one token to train on, found none in {tuple(mask.shape)}")
+    if mask.ndim != 2 or mask.dtype != torch.bool or not mask.any():
+        found = f"{int(mask.sum())} in {mask.dtype} {tuple(mask.shape)}"
+        raise ValueError(f"need a bool mask (N, T) with at least one token to train on, found {found}")
     if mode == "combined":
         return (token_weights(mask, "batch") + token_weights(mask, "sequence")) / 2
-    if mode == "group" and (not group_size or len(mask) % group_size):
+    if mode == "group" and (not group_size or group_size < 1 or len(mask) % group_size):
         raise ValueError(f"mode 'group' needs a group_size that divides the {len(mask)} responses, found {group_size}")
     rows = {"batch": len(mask), "group": group_size, "sequence": 1}[mode]  # responses that share one token mean
     shares = mask.double().view(-1, rows * mask.shape[1])
@@ -164,14 +173,20 @@ def policy_loss(
     Raises ValueError naming the quantity that is not finite where a token counts.
     """
     low, high = weight_range(algo, eps_low, eps_high)
+    if not (clip_low >= 0 and clip_high >= 0):
+        raise ValueError(f"the trust region must hold 1: give clip_low, clip_high >= 0, found {clip_low}, {clip_high}")
     if not logp.shape == old_logp.shape == weights.shape:
         shapes = f"{tuple(logp.shape)}, {tuple(old_logp.shape)}, {tuple(weights.shape)}"
         raise ValueError(f"logp, old_logp and weights must share one shape, found {shapes}")
     if advantages.ndim == 1 and logp.ndim == 2:
         advantages = advantages[:, None]
-    advantages = advantages.to(logp.dtype).expand_as(logp)
-    if not (weights >= 0).all():
-        raise ValueError("weights must be numbers >= 0")
+    try:
+        advantages = advantages.to(logp.dtype).expand_as(logp)
+    except RuntimeError:
+        found = f"{tuple(advantages.shape)} for {tuple(logp.shape)}"
+        raise ValueError(f"advantages must be (N,) or broadcast to logp's shape, found {found}") from None
+    if not (weights >= 0).all() or not weights.isfinite().all():
+        raise ValueError("weights must be finite and not negative")
     trained = weights > 0
     if not trained.any():
         raise ValueError("no token has a positive weight: nothing to train on")
@@ -183,16 +198,14 @@ def policy_loss(
     recipe = ALGORITHMS[algo]
     log_ratio = logp.detach() - old_logp.detach().to(logp.dtype)
     ratio = log_ratio.exp()
-    bounded = ratio.clamp(low, high)
-    if not bounded.isfinite().all():
-        raise ValueError(
-            f"ratio overflows: log-probs moved by up to {log_ratio.max():.1f} nats and {algo} does not bound it"
-        )
     dropped = _outside_trust_region(ratio, advantages, clip_low, clip_low if recipe.symmetric else clip_high)
-    keep = ~dropped if recipe.masked else torch.ones_like(dropped)
-    loss = -(weights.to(logp.dtype) * bounded * keep * advantages * logp).sum()
+    factor = ratio.clamp(low, high).masked_fill(dropped & recipe.masked, 0.0)  # rhat * M
+    if not factor.isfinite().all():
+        raise ValueError(f"ratio overflows: log-probs moved by up to {log_ratio.max():.1f} nats, unbounded in {algo}")
+    loss = -(weights.to(logp.dtype) * factor * advantages * logp).sum()
 
     r = ratio.double()
+    share = (log_ratio - log_ratio.max()).double().exp()  # r up to a factor, which the effective sample size ignores
     measures = {
         "ratio_mean": r.mean(),
         "ratio_min": r.min(),
@@ -202,7 +215,7 @@ def policy_loss(
         "ppo_would_drop_frac": dropped.double().mean(),
         "kl_k1": -log_ratio.double().mean(),
         "kl_k3": (torch.expm1(log_ratio.double()) - log_ratio.double()).mean(),
-        "ess": r.sum() ** 2 / (len(r) * (r * r).sum()),
+        "ess": share.sum() ** 2 / (len(share) * (share * share).sum()),
     }
     return loss, dict(zip(measures, torch.stack(list(measures.values())).tolist()))
 
@@ -217,12 +230,13 @@ def _outside_trust_region(ratio, advantages, clip_low, clip_high):
 # ============================================================================
 
 
-def prob_correlation(train_logp, infer_logp, mask):
+def prob_correlation(train_logp, infer_logp, mask=None):
     """Pearson correlation of the probabilities that training mode and rollout give to the same tokens (report Fig. 3).
 
-    train_logp, infer_logp (N, T); mask (N, T) bool, the tokens to compare. Returns a float, nan if either side is
-    constant. The report's runs failed at 0.987 and worked at 0.997, the difference being an fp32 output head.
+    train_logp, infer_logp: one shape; mask: bool of that shape, the tokens to compare (None = all). Returns a float, nan
+    if either side is constant. The report's runs failed at 0.987 and worked at 0.997, the difference being an fp32 output head.
     """
+    mask = torch.ones_like(train_logp, dtype=torch.bool) if mask is None else mask
     p, q = train_logp[mask].double().exp(), infer_logp[mask].double().exp()
     if len(p) == 0:
         raise ValueError("the mask selects no token to compare")

@@ -9,7 +9,7 @@ Sources: MiniMax-01 report sec. 2.2 (arXiv:2501.08313); "released" = the publish
     1. Decay rates               decay_slopes
     2. The definition            lightning_recurrent     one token at a time, O(L) but a Python loop
     3. The readable form         lightning_quadratic     one masked L x L product, as attention is usually drawn
-    4. The form used on a CPU    lightning_chunk         both at once: products inside a chunk, a state between chunks
+    4. The fast form             lightning_chunk         both at once: products inside a chunk, a state between chunks
     5. Generation                lightning_step          one token, state updated in place
     6. The door                  lightning_attention     checks, packing, choice of form
 
@@ -117,7 +117,7 @@ def lightning_quadratic(q, k, v, slope, state=None):
 
 
 # ============================================================================
-# 4. The form used on a CPU                                    (MiniMax-01 sec. 2.2)
+# 4. The fast form                                             (MiniMax-01 sec. 2.2)
 # ============================================================================
 
 
@@ -205,7 +205,7 @@ def lightning_attention(q, k, v, slope, state=None, *, cu_seqlens=None, impl="au
         _check_state(state, q, v, q.shape[0])
         return form(q, k, v, slope, state)
 
-    bounds = _check_boundaries(cu_seqlens, q)
+    bounds = check_boundaries(cu_seqlens, q.shape[:2])
     _check_state(state, q, v, len(bounds) - 1)
     o, last = [], []
     for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
@@ -236,10 +236,11 @@ def _check_state(state, q, v, n):
         )
 
 
-def _check_boundaries(cu_seqlens, q):
-    bounds = cu_seqlens.tolist()
-    if q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens packs sequences along L, so the batch must be 1, found {q.shape[0]}")
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != q.shape[1] or bounds != sorted(bounds):
-        raise ValueError(f"cu_seqlens must rise from 0 to L = {q.shape[1]}, found {bounds[:8]}")
+def check_boundaries(cu_seqlens, shape):
+    """cu_seqlens (N + 1,) as a list; ValueError unless it packs sequences of a batch of shape (1, L)."""
+    bounds, (B, L) = cu_seqlens.tolist(), shape
+    if B != 1:
+        raise ValueError(f"cu_seqlens packs sequences along L, so the batch must be 1, found {B}")
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != L or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens must rise from 0 to L = {L}, found {bounds[:8]}")
     return bounds

@@ -15,7 +15,7 @@ Where a choice comes from: *report* = MiniMax-M1 report (arXiv:2506.13585), *01*
     4. Mixture of experts    MoE, SharedMLP
     5. The model             Block, Cache, MiniMaxM1
     6. Checkpoints           load_pretrained, save_pretrained, count_parameters
-    7. Command lines         flag, parse_flags, command_line: shared by the scripts
+    7. Command lines         flag, check_flags, parse_flags, command_line: shared by the scripts
 
 Dimension key: B batch, L new tokens, D model width, H query heads, J key/value heads, K head width, S cache slots,
 E experts, F expert width, W vocabulary. Parameters keep the names of the published checkpoint.
@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import sys
@@ -39,7 +40,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_attn import decay_slopes, lightning_attention, lightning_step
+from lightning_attn import check_boundaries, decay_slopes, lightning_attention, lightning_step
 
 # ============================================================================
 # 1. Configuration
@@ -49,7 +50,7 @@ PRESETS = {
     # train_rl's default on a CPU: 0.6 M parameters, learns the default tasks in minutes
     "tiny": dict(hidden_size=64, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
                  intermediate_size=64, num_local_experts=4),
-    # a patient CPU or any GPU: 16 M parameters
+    # a patient CPU or any GPU: 15 M parameters
     "small": dict(hidden_size=256, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
                   intermediate_size=256, num_local_experts=8),
     # one GPU: 650 M parameters
@@ -99,6 +100,7 @@ class M1Config:
     tokenizer: str = "m1"  # "m1" or "byte"
 
     def __post_init__(self):
+        self._check_types()
         L = self.num_hidden_layers
         if self.attn_type_list is None:
             self.attn_type_list = [int((l + 1) % 8 == 0) for l in range(L)]
@@ -107,32 +109,36 @@ class M1Config:
         for part in ("full_attention", "linear_attention", "mlp"):
             if getattr(self, f"layernorm_{part}_alpha") is None:
                 setattr(self, f"layernorm_{part}_alpha", (2 * L) ** 0.25)
-        self._check()
+        self._check_values()
 
-    def _check(self):
-        def need(ok, what):
-            if not ok:
-                raise ValueError(f"config: {what}")
+    def _check_types(self):
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), (int, float) if f.type is float else f.type
+            right = isinstance(value, kind) and isinstance(value, bool) == (f.type is bool)
+            _need(
+                right or (value is None and f.default is None),
+                f"{f.name} must be of type {f.type.__name__}, found {value!r}",
+            )
 
+    def _check_values(self):
         for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                     "head_dim", "intermediate_size", "num_local_experts", "num_experts_per_tok"):  # fmt: skip
-            n = getattr(self, key)
-            need(isinstance(n, int) and n > 0, f"{key} must be a positive integer, found {n!r}")
+            _need(getattr(self, key) > 0, f"{key} must be positive, found {getattr(self, key)}")
         L, types = self.num_hidden_layers, self.attn_type_list
-        need(
-            isinstance(types, list) and len(types) == L and set(types) <= {0, 1},
+        _need(
+            len(types) == L and all(kind in (0, 1) for kind in types),
             f"attn_type_list must hold {L} entries, 0 = lightning or 1 = softmax, found {types}",
         )
         H, J = self.num_attention_heads, self.num_key_value_heads
-        need(H % J == 0, f"num_attention_heads {H} must be a multiple of num_key_value_heads {J}")
-        need(
+        _need(H % J == 0, f"num_attention_heads {H} must be a multiple of num_key_value_heads {J}")
+        _need(
             self.rotary_dim % 2 == 0 and 0 <= self.rotary_dim <= self.head_dim,
             f"rotary_dim must be even and at most head_dim {self.head_dim}, found {self.rotary_dim}",
         )
         k, E = self.num_experts_per_tok, self.num_local_experts
-        need(k <= E, f"num_experts_per_tok {k} exceeds num_local_experts {E}")
+        _need(k <= E, f"num_experts_per_tok {k} exceeds num_local_experts {E}")
         for key, only in (("hidden_act", "silu"), ("tie_word_embeddings", False), ("sliding_window", None)):
-            need(getattr(self, key) == only, f"{key} must be {only!r} as in MiniMax-M1, found {getattr(self, key)!r}")
+            _need(getattr(self, key) == only, f"{key} must be {only!r} as in MiniMax-M1, found {getattr(self, key)!r}")
 
     @classmethod
     def preset(cls, name, **changes):
@@ -151,15 +157,12 @@ class M1Config:
         """Read a config.json (or the one in a directory). Keys that do not shape the computation are ignored."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        try:
-            stored = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ValueError(f"no model here: {path} does not exist; a directory with config.json is needed") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
+        stored = read_json(path)
         kind = stored.get("model_type") if isinstance(stored, dict) else None
         if kind != "minimax_m1":
             raise ValueError(f"{path} describes model_type {kind!r}; this code runs 'minimax_m1' only")
+        if stored.get("rope_scaling"):
+            raise ValueError(f"{path} asks for rope_scaling, which MiniMax-M1 does not have and this code does not do")
         known = {f.name for f in dataclasses.fields(cls)}
         try:
             return cls(**{key: value for key, value in stored.items() if key in known})
@@ -170,6 +173,11 @@ class M1Config:
         """Write the published schema (plus our two keys) to a file."""
         kind = {"architectures": ["MiniMaxM1ForCausalLM"], "model_type": "minimax_m1"}
         Path(path).write_text(json.dumps({**kind, **dataclasses.asdict(self)}, indent=2) + "\n")
+
+
+def _need(ok, what):
+    if not ok:
+        raise ValueError(f"config: {what}")
 
 
 # ============================================================================
@@ -200,7 +208,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions, config, dtype):
-    """cos and sin of position * theta^(-2i/R), i < R/2: positions (B, L) -> two (B, L, 1, R/2), made in fp64."""
+    """cos and sin of position * theta^(-2i/R), i < R/2: positions (B, L) -> two (B, L, 1, R/2), made in fp64.
+
+    dtype: fp32, or fp64 for an fp64 model. (released)
+    """
     R = config.rotary_dim
     i = torch.arange(0, R, 2, dtype=torch.float64, device=positions.device)
     angle = positions[..., None, None] * config.rope_theta ** (-i / R)
@@ -208,10 +219,10 @@ def rope_tables(positions, config, dtype):
 
 
 def rope(x, cos, sin):
-    """Rotate the first R dims of every head, dim i with dim i + R/2; the others pass. x (B, L, H, K). (released)"""
+    """Rotate the first R dims of every head, dim i with dim i + R/2, in fp32; the others pass. x (B, L, H, K)."""
     half = cos.shape[-1]
-    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+    a, b, rest = widen(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
 def linear(n_in, n_out):
@@ -343,9 +354,7 @@ class MoE(nn.Module):
         self.gate = linear(D, E)
         self.w1 = nn.Parameter(torch.empty(E, F_, D))
         self.w3 = nn.Parameter(torch.empty(E, F_, D))
-        self.w2 = nn.Parameter(
-            torch.empty(E, F_, D)
-        )  # published as (D, F) per expert; transposed, experts stack into one matrix
+        self.w2 = nn.Parameter(torch.empty(E, F_, D))  # published as (D, F); this way experts stack into one matrix
 
     def forward(self, x, mask=None, with_routing=True):
         """x (B, L, D), mask (B, L) bool or None. Returns (B, L, D) and the Routing of the real tokens, or None."""
@@ -380,7 +389,7 @@ class MoE(nn.Module):
         hit = torch.zeros_like(probs).scatter(1, chosen, 1.0)
         if mask is not None:
             probs, hit = probs[mask.flatten()], hit[mask.flatten()]
-        load, prob = hit.mean(0), probs.mean(0)
+        load, prob = (x.sum(0) / max(len(x), 1) for x in (hit, probs))
         return Routing(len(load) * (load * prob).sum(), load, prob)
 
 
@@ -493,13 +502,13 @@ class MiniMaxM1(nn.Module):
         by DeepNorm's gain (8 L)^(-1/4). Ours: M1's initialisation was not published.
         """
         gain = (8 * self.config.num_hidden_layers) ** -0.25
-        branch = ("v_proj", "o_proj", "out_proj", ".w1", ".w2", ".w3", "shared_mlp")
+        branch = (".v_proj", ".o_proj", ".out_proj", ".w1", ".w2", ".w3", ".shared_mlp")
         for name, p in self.named_parameters():
             if p.ndim > 1:
                 p.normal_(std=self.config.initializer_range)
                 if any(part in name for part in branch):
                     p.mul_(gain)
-            if "qkv_proj" in name:
+            if name.endswith("qkv_proj.weight"):
                 p.view(self.config.num_attention_heads, 3, -1)[:, 2] *= gain
 
     @property
@@ -514,7 +523,7 @@ class MiniMaxM1(nn.Module):
         """An empty Cache for `batch` rows of at most `max_len` tokens."""
         c, kw = self.config, dict(device=self.device)
         H, J, K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        wide = widen(torch.empty(0, dtype=self.dtype)).dtype
+        wide = torch.promote_types(self.dtype, torch.float32)
         layers = [
             tuple(torch.zeros(batch, max_len, J, K, dtype=self.dtype, **kw) for _ in "kv")
             if kind == 1
@@ -531,12 +540,13 @@ class MiniMaxM1(nn.Module):
     def hidden(self, tokens, *, mask=None, cache=None, cu_seqlens=None):
         """Everything before the head, final norm included: (B, L, D) fp32 and Aux (None with a cache)."""
         at = self._layout(tokens, mask, cache, cu_seqlens)
-        x = self.embed_tokens(tokens)
-        routings = []
-        for l, layer in enumerate(self.layers):
-            x, routing = layer(x, at, cache and cache.layers[l])
-            routings.append(routing)
-        hidden = self.norm(widen(x))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):  # a cache is for generation
+            x = self.embed_tokens(tokens)
+            routings = []
+            for l, layer in enumerate(self.layers):
+                x, routing = layer(x, at, cache and cache.layers[l])
+                routings.append(routing)
+            hidden = self.norm(widen(x))
         if cache is not None:
             cache.position += tokens.shape[1] if mask is None else mask.sum(1)
             return hidden, None
@@ -583,8 +593,10 @@ class MiniMaxM1(nn.Module):
                 raise ValueError("padding must be on the left: in a row of the mask, False comes before True")
             if mask.all():
                 mask = None
-        if cu_seqlens is not None and (cache is not None or B != 1):
-            raise ValueError(f"packed sequences need a batch of 1 and no cache, found a batch of {B}")
+        if cu_seqlens is not None:
+            check_boundaries(cu_seqlens, tokens.shape)
+            if cache is not None:
+                raise ValueError("packed sequences (cu_seqlens) and a cache exclude each other")
 
         positions = torch.arange(L, device=tokens.device).expand(B, L)
         if mask is not None:
@@ -612,7 +624,7 @@ class MiniMaxM1(nn.Module):
             real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
             at.rows, at.slots = real.nonzero(as_tuple=True)[0], positions[real]
         if 1 in self.config.attn_type_list:
-            at.rope = rope_tables(positions, self.config, self.dtype)
+            at.rope = rope_tables(positions, self.config, torch.promote_types(self.dtype, torch.float32))
         return at
 
 
@@ -664,6 +676,16 @@ def count_parameters(config):
     }
 
 
+def read_json(path):
+    """The content of a JSON file; ValueError if it is not there or not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; a model or run folder has one") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
 def checkpoint_dir(path):
     """A run folder's newest checkpoint (its file `latest` names it), or the directory itself."""
     path = Path(path)
@@ -685,10 +707,10 @@ def load_pretrained(path, device="cpu", dtype=None):
     expected = {name: tuple(t.shape) for name, t in published_tensors(model).items()}
     _check_names(path, expected, {name: shape for name, (_, shape, _) in stored.items()})
 
-    dtypes = {name: t for name, (_, _, t) in stored.items()}
     for name, p in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        cast = dtype or dtypes[published_name(name)]
+        parts = [published_name(name, e) for e in range(len(p) if p.ndim == 3 else 1)]
+        cast = dtype or functools.reduce(torch.promote_types, (stored[part][2] for part in parts))
         if dtype and ".gate." in name:
             cast = torch.promote_types(dtype, torch.float32)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.empty(p.shape, dtype=cast, device=device)))
@@ -704,9 +726,9 @@ def _stored_tensors(path):
     """{name: (file, shape, dtype)} from the headers of all shards of a directory."""
     index = path / "model.safetensors.index.json"
     try:
-        listed = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+        listed = read_json(index)["weight_map"].values() if index.exists() else ["model.safetensors"]
         files = sorted({Path(name).name for name in listed})
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not a safetensors index: {error!r}") from None
     stored = {}
     for file in (path / name for name in files):
@@ -715,6 +737,8 @@ def _stored_tensors(path):
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():
+                    if name in stored:
+                        raise ValueError(f"{path}: {name} is stored twice, in {stored[name][0].name} and {file.name}")
                     part = shard.get_slice(name)
                     stored[name] = (file, tuple(part.get_shape()), DTYPES.get(part.get_dtype()))
         except SafetensorError as error:
@@ -740,10 +764,11 @@ def _check_names(path, expected, found):
         raise ValueError(f"{path} does not hold the tensors its config.json promises. {report}")
 
 
-def save_pretrained(model, path, max_shard_bytes=2 * 10**9):
+def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None):
     """Write a model as config.json, numbered *.safetensors shards and their index: the published layout.
 
-    Everything is written beside `path` first and moved there when complete. Refuses to overwrite.
+    Everything is written beside `path` first and moved there when complete. Refuses to overwrite. A trainer_state
+    (dicts, lists, numbers, tensors) goes into trainer.pt.
     """
     path = Path(path)
     if path.exists():
@@ -770,7 +795,11 @@ def save_pretrained(model, path, max_shard_bytes=2 * 10**9):
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         model.config.to_json(draft / "config.json")
+        if trainer_state is not None:
+            torch.save(trainer_state, draft / "trainer.pt")
         draft.rename(path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -781,47 +810,80 @@ def save_pretrained(model, path, max_shard_bytes=2 * 10**9):
 
 
 def flag(default, help, group, **kw):
-    """One field of a frozen dataclass = one documented command-line flag. kw: choices, metavar."""
+    """One field of a frozen dataclass = one documented command-line flag.
+
+    kw: at_least, above, at_most (bounds of its value), choices, optional=True (takes "none" as well).
+    """
     return field(default=default, metadata=dict(help=help, group=group, **kw))
+
+
+def check_flags(flags):
+    """Hold every field of a flags dataclass against its bounds and choices; ValueError names flag, value and bound."""
+    for f in dataclasses.fields(flags):
+        value, meta = getattr(flags, f.name), f.metadata
+        if value is None:
+            continue
+        rules = []
+        if "at_least" in meta:
+            rules.append((value >= meta["at_least"], f"at least {meta['at_least']}"))
+        if "above" in meta:
+            rules.append((value > meta["above"], f"above {meta['above']}"))
+        if "at_most" in meta:
+            rules.append((value <= meta["at_most"], f"at most {meta['at_most']}"))
+        if "choices" in meta:
+            rules.append((value in meta["choices"], f"one of {', '.join(meta['choices'])}"))
+        for holds, rule in rules:
+            if not holds:
+                raise ValueError(f"--{f.name.replace('_', '-')} must be {rule}, found {value}")
 
 
 def parse_flags(flags, argv, description, defaults=None):
     """argv -> an instance of the dataclass `flags`, whose fields are the flags, their types, defaults and help.
 
-    defaults: {field: value} that take the place of the dataclass's own where argv is silent.
-    Booleans become --name / --no-name; None is written "none". Bad input: one line on stderr, exit code 2.
+    defaults: {field: value} that take the place of the dataclass's own where argv is silent. Booleans become --name and
+    --no-name. Bad input: one line on stderr, exit code 2.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists what is allowed\n")
     groups = {}
     for f in dataclasses.fields(flags):
-        meta = dict(f.metadata)
-        group = meta.pop("group")
-        groups.setdefault(group, parser.add_argument_group(group))
-        text = f"{meta.pop('help')} (default: {'none' if f.default is None else f.default})".replace("%", "%%")
-        if f.type is bool:
-            meta["action"] = argparse.BooleanOptionalAction
-        else:
-            meta["type"] = functools.partial(_parse_value, f.type)
-            meta["type"].__name__ = f.type.__name__
-        groups[group].add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **meta)
+        meta = f.metadata
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        optional = f.default is None or meta.get("optional", False)
+        text = f"{meta['help']} (default: {'none' if f.default is None else f.default})".replace("%", "%%")
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": _reader(f.type, optional)}
+        group.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     parser.set_defaults(**(defaults or {}))
     return flags(**vars(parser.parse_args(argv)))
 
 
-def _parse_value(kind, text):
-    return None if text == "none" else kind(text)
+def _reader(kind, optional):
+    def read(text):
+        if text == "none" and optional:
+            return None
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return value
+
+    read.__name__ = kind.__name__  # argparse prints it
+    return read
 
 
 def command_line(main):
-    """Decorator of a script's main(argv=None): a ValueError or OSError becomes one line on stderr and exit code 2."""
+    """Decorator of a script's main(argv=None): a ValueError or OSError becomes one line on stderr and exit code 2, a
+    KeyboardInterrupt one line and 130.
+    """
 
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
             return main(argv)
         except (ValueError, OSError) as error:
-            print(f"{Path(main.__code__.co_filename).name}: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(2) from error
+            code, message = 2, str(error)
+        except KeyboardInterrupt as stop:
+            code, message = 130, str(stop) or "stopped"
+        print(f"{Path(main.__code__.co_filename).name}: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(code)
 
     return wrapped

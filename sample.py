@@ -17,7 +17,7 @@ import tiktoken
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from model import command_line, flag, load_pretrained, parse_flags
+from model import M1Config, check_flags, checkpoint_dir, command_line, flag, load_pretrained, parse_flags
 
 # ============================================================================
 # 1. Tokenizer
@@ -146,7 +146,8 @@ def generate(
 
     row = torch.arange(N, device=device)  # the response that each row of the cache belongs to
     alive = torch.ones_like(row, dtype=torch.bool)
-    thinking, streak = alive.clone(), torch.zeros_like(row)
+    streak = torch.zeros_like(row)
+    thinking = torch.tensor([p[-1] != think_end_id for p in prompts], device=device)[group]
     for t in range(max_new_tokens):
         token, token_logp = sample_tokens(logits, temperature, top_p, generator)
         forced = alive & thinking & (token != think_end_id) & (t == think_budget)
@@ -198,8 +199,8 @@ def _check_request(model, prompts, group_size, max_new_tokens, temperature, top_
         raise ValueError(
             f"a prompt of {longest} tokens plus {max_new_tokens} new ones exceeds the model's {limit}; shorten either"
         )
-    if not temperature >= 0 or not 0 < top_p <= 1:
-        raise ValueError(f"need temperature >= 0 and 0 < top_p <= 1, found {temperature} and {top_p}")
+    if not (temperature == 0 or temperature >= 0.01) or not 0 < top_p <= 1:
+        raise ValueError(f"need temperature 0 or >= 0.01, and 0 < top_p <= 1; found {temperature} and {top_p}")
     if think_budget is not None and (think_budget < 0 or think_end_id is None):
         raise ValueError(f"think_budget must be >= 0 and needs think_end_id, found {think_budget} and {think_end_id}")
 
@@ -216,12 +217,19 @@ class Flags:
     model: str = flag(None, "a run of train_rl (runs/NAME) or a directory in the published layout", "model")
     device: str = flag("auto", "cpu, cuda, or auto: a GPU if there is one", "model")
     prompt: str = flag(None, "the text to continue, e.g. +314204=", "request")
-    n: int = flag(1, "how many responses", "request")
-    max_new_tokens: int = flag(256, "longest response, in tokens", "request")
-    think_budget: int = flag(None, "close the thinking after this many tokens", "request")
-    temperature: float = flag(1.0, "0 is greedy; 1.0 with top-p 0.95 is what the report recommends", "request")
-    top_p: float = flag(0.95, "sample from the likeliest tokens that hold this probability", "request")
-    seed: int = flag(0, "same seed, same responses", "request")
+    n: int = flag(1, "how many responses", "request", at_least=1)
+    max_new_tokens: int = flag(256, "longest response, in tokens", "request", at_least=1)
+    think_budget: int = flag(None, "close the thinking after this many tokens", "request", at_least=0)
+    temperature: float = flag(
+        1.0, "0 is greedy; 1.0 with top-p 0.95 is what the report recommends", "request", at_least=0
+    )
+    top_p: float = flag(
+        0.95, "sample from the likeliest tokens that hold this probability", "request", above=0, at_most=1
+    )
+    seed: int = flag(0, "same seed, same responses", "request", at_least=0)
+
+    def __post_init__(self):
+        check_flags(self)
 
 
 def pick_device(name):
@@ -241,17 +249,17 @@ def main(argv=None):
     flags = parse_flags(Flags, argv, __doc__.splitlines()[0])
     if not flags.model or not flags.prompt:
         raise ValueError('--model and --prompt are needed, e.g. --model runs/tiny-cispo-001 --prompt "+314204="')
-    if flags.n < 1:
-        raise ValueError(f"--n must be at least 1, found {flags.n}")
+    tokenizer = Tokenizer.of(M1Config.from_json(checkpoint_dir(flags.model)))
     model = load_pretrained(flags.model, pick_device(flags.device))
-    tokenizer = Tokenizer.of(model.config)
     text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
 
     def show(_, tokens):
-        piece = tokenizer.encoding.decode_single_token_bytes(int(tokens[0]))
-        print(text.decode(piece), end="", flush=True)
+        if int(tokens[0]) != tokenizer.eos_id:
+            piece = tokenizer.encoding.decode_single_token_bytes(int(tokens[0]))
+            print(text.decode(piece), end="", flush=True)
 
     for i in range(flags.n):
+        print(flags.prompt, end="", flush=True)
         rollout = generate(
             model, [tokenizer.encode(flags.prompt)], max_new_tokens=flags.max_new_tokens, temperature=flags.temperature,
             top_p=flags.top_p, eos_id=tokenizer.eos_id, think_end_id=tokenizer.think_end_id, seed=flags.seed + i,

@@ -13,7 +13,7 @@ To add a task, write one function (random, n_moves) -> Problem and name it in TA
     3. Rewards             score
 """
 
-import zlib
+import hashlib
 from dataclasses import dataclass
 
 FORK, GUESS, THINK_END = "~", ".", "</think>"
@@ -71,8 +71,10 @@ TASKS = {"mod": mod, "walk": walk, "cups": cups}
 
 
 def is_held_out(prompt):
-    """One prompt in eight is never trained on. Decided by the text alone, so the two sets cannot overlap."""
-    return zlib.crc32(prompt.encode()) % 8 == 0
+    """One prompt in eight is never trained on. Decided by the text alone, so the two sets cannot overlap, and by a
+    cryptographic hash: a checksum such as CRC32 is linear and held out some answers three times as often as others.
+    """
+    return hashlib.sha256(prompt.encode()).digest()[0] % 8 == 0
 
 
 def draw(rng, n, names, n_moves, held_out=False):
@@ -93,7 +95,9 @@ def draw(rng, n, names, n_moves, held_out=False):
         tries = 0 if fits else tries + 1
         if tries > 20_000:
             kind = f"{'held-out' if held_out else 'training'} problems"
-            raise ValueError(f"{n_moves} moves give only {len(seen)} {kind}, {n} are needed; take more moves")
+            raise ValueError(
+                f"{n_moves} moves give only {len(seen)} {kind}, not {n}; take more moves or fewer problems"
+            )
         if fits:
             problems.append(problem)
             seen.add(problem.prompt)

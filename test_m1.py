@@ -6,14 +6,18 @@
 """
 
 import ast
+import copy
 import csv
 import dataclasses
 import json
 import os
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -310,6 +314,40 @@ def test_the_router_loss_is_k_when_balanced_and_e_when_collapsed_in_one_layer_ev
     assert float(with_padding.loss) == pytest.approx(k)
 
 
+def test_the_models_router_loss_is_the_mean_over_layers_of_each_layers_own():
+    model = small_model()
+    _, aux = model.hidden(torch.randint(272, (2, 30)))
+    each = 4 * (aux.expert_load * aux.expert_prob).sum(1)
+    assert aux.router_loss.item() == pytest.approx(each.mean().item())
+    pooled = 4 * (aux.expert_load.mean(0) * aux.expert_prob.mean(0)).sum()
+    assert aux.router_loss.item() != pytest.approx(pooled.item())
+
+
+def test_initial_weights_have_the_stated_spread_and_only_branches_are_scaled_down():
+    model = MiniMaxM1(M1Config.preset("tiny"))
+    std, gain = 64**-0.5, 64**-0.25
+    qkv = model.layers[0].self_attn.qkv_proj.weight.view(4, 3, -1)
+    softmax, moe = model.layers[7].self_attn, model.layers[0].block_sparse_moe
+    plain = [
+        qkv[:, 0],
+        qkv[:, 1],
+        softmax.q_proj.weight,
+        softmax.k_proj.weight,
+        model.layers[0].self_attn.output_gate.weight,
+    ]
+    scaled = [
+        qkv[:, 2],
+        softmax.v_proj.weight,
+        softmax.o_proj.weight,
+        model.layers[0].self_attn.out_proj.weight,
+        moe.w1,
+        moe.w2,
+    ]
+    for weights, expected in ((plain, std), (scaled, std * gain)):
+        for w in weights:
+            assert float(w.std()) == pytest.approx(expected, rel=0.1)
+
+
 @torch.no_grad()
 def test_the_shared_expert_and_the_pre_norm_residual_follow_their_formulas():
     model = small_model(shared_intermediate_size=1, num_hidden_layers=1, attn_type_list=[0], postnorm=False)
@@ -568,7 +606,10 @@ def test_a_fork_without_loss_stays_visible_as_input():
 
 @pytest.fixture(scope="module")
 def rollout():
+    torch.manual_seed(0)
     model = MiniMaxM1(M1Config.preset("tiny", num_hidden_layers=4, attn_type_list=[0, 0, 0, 1]))
+    with torch.no_grad():
+        model.lm_head.weight[104] *= 4  # the end token comes often, so that rows end early and are dropped
     prompts = [TOKENIZER.encode(t) for t in ("+12=", "2abca=", "7=")]
     kw = dict(group_size=4, max_new_tokens=24, temperature=0.8, eos_id=104, seed=5)
     return model, prompts, kw, sample.generate(model, prompts, **kw)
@@ -576,7 +617,7 @@ def rollout():
 
 def test_recorded_log_probs_are_those_of_training_mode(rollout):
     model, prompts, kw, r = rollout
-    assert {"eos", "length"} == set(r.ended) and r.tokens.shape[0] == 12
+    assert r.ended.count("eos") > 6 and len(set(r.lengths.tolist())) > 4 and r.tokens.shape[0] == 12
     rows = [row[:n].tolist() for row, n in zip(r.tokens, r.lengths)]
     batch = train_rl.make_batch([p for p in prompts for _ in range(4)], rows, [[True] * len(x) for x in rows], "cpu")
     with torch.no_grad():
@@ -618,8 +659,14 @@ def test_samples_follow_temperature_and_top_p_and_record_the_log_prob_of_what_wa
 
 def test_a_used_up_thinking_budget_closes_the_thinking_and_the_token_is_not_trained_on(rollout):
     model, prompts, kw, _ = rollout
+    kw = {**kw, "seed": 1}
     r = sample.generate(model, prompts, **{**kw, "eos_id": -1}, think_end_id=262, think_budget=3)
-    assert (r.tokens[:, 3] == 262).all() and not r.mask[:, 3].any() and (r.logp[:, 3] == 0).all()
+    assert (
+        not (r.tokens[:, :3] == 262).any()
+        and (r.tokens[:, 3] == 262).all()
+        and not r.mask[:, 3].any()
+        and (r.logp[:, 3] == 0).all()
+    )
     assert r.mask[:, :3].all() and r.mask[:, 4:].all() and (r.lengths == 24).all()
     first = int(r.tokens[0, 4])
     cut = sample.generate(model, prompts, **{**kw, "eos_id": first}, think_end_id=262, think_budget=3)
@@ -634,6 +681,9 @@ def test_a_looping_response_is_stopped():
     r = sample.generate(model, [[65], [66]], **kw, repetition_stop=6)
     assert r.ended == ["repetition"] * 2 and r.lengths.tolist() == [6, 6]
     assert sample.generate(model, [[65]], **kw).ended == ["length"]
+    first = int(r.tokens[0, 2])  # ends the first row early: the other one's count must survive its removal
+    r = sample.generate(model, [[65], [66]], **{**kw, "eos_id": first}, repetition_stop=6)
+    assert sorted(r.ended) == ["eos", "repetition"] and max(r.lengths.tolist()) == 6
 
 
 TINY_RUN = ["--sft-steps", "12", "--sft-batch", "8", "--steps", "3", "--prompts", "6", "--group-size", "4", "--moves", "3",
@@ -647,12 +697,12 @@ def run(tmp_path_factory):
 
 
 def test_the_ratio_is_exactly_one_at_the_first_minibatch_and_moves_after_it():
-    flags = train_rl.Flags(prompts=6, group_size=4, moves=2, min_groups=1, fork_prior=0.5)
+    flags = train_rl.Flags(prompts=6, group_size=4, moves=2, min_groups=1, eval_problems=3, temperature=0.7)
     torch.manual_seed(0)
     model = MiniMaxM1(M1Config.preset("tiny"))
     optimizer = train_rl.make_optimizer(model, 1e-3)
     problems = tasks.draw(random.Random(0), 6, ["mod"], 2)
-    rollout, _ = train_rl.respond(model, TOKENIZER, problems, flags, 0, 4)
+    rollout, _ = train_rl.respond(model, TOKENIZER, problems, flags, 0, 4, flags.temperature)
     rows = [row[:n].tolist() for row, n in zip(rollout.tokens, rollout.lengths)]
     prompts = [TOKENIZER.encode(p.prompt) for p in problems for _ in range(4)]
     batch = train_rl.make_batch(prompts, rows, [[True] * len(r) for r in rows], "cpu")
@@ -661,8 +711,86 @@ def test_the_ratio_is_exactly_one_at_the_first_minibatch_and_moves_after_it():
     for k in (1, 3):
         log = train_rl.update(model, optimizer, experience, dataclasses.replace(flags, updates_per_rollout=k), 1e-3)
         ratios[k] = (log["ratio_min"], log["ratio_max"])
-        experience = experience._replace(infer_logp=experience.infer_logp)
+        assert k > 1 or log["logp_gap"] < 2e-5  # the rollout's temperature is that of training
     assert ratios[1] == (1.0, 1.0) and ratios[3][0] < 1 < ratios[3][1]
+
+
+def test_an_update_is_adamw_on_the_formula_worked_out_by_hand():
+    flags = train_rl.Flags(prompts=4, group_size=3, moves=2, min_groups=1, eval_problems=3, temperature=0.7, algo="cispo",
+                           eps_low=0.02, eps_high=0.03, updates_per_rollout=2, token_weights="sequence", max_grad_norm=0.05)  # fmt: skip
+    torch.manual_seed(0)
+    model = MiniMaxM1(M1Config.preset("tiny", num_hidden_layers=2, attn_type_list=[0, 1], router_aux_loss_coef=0.1))
+    twin = copy.deepcopy(model)
+    batch = train_rl.demonstrations(flags, random.Random(0), TOKENIZER, 12, "cpu")
+    rewards = torch.rand(12)
+    experience = train_rl.Experience(batch, rewards, torch.zeros(int(batch.trained.sum())), {})
+    for lr in (1e-2, 1e-2):  # twice, so that the second one starts with momenta
+        optimizer = optimizer if lr != 1e-2 or "optimizer" in locals() else train_rl.make_optimizer(model, lr)
+        train_rl.update(model, optimizer, experience, flags, lr)
+
+    by_hand = torch.optim.AdamW(twin.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-15, weight_decay=0)
+    groups = rewards.view(4, 3)
+    advantages = ((groups - groups.mean(1, keepdim=True)) / groups.std(1, correction=0, keepdim=True)).flatten()
+
+    def logp(rows):
+        tokens, mask = batch.tokens[rows], batch.mask[rows]
+        hidden, aux = twin.hidden(tokens[:, :-1], mask=mask[:, :-1])
+        all_logp = (twin.head(hidden) / 0.7).log_softmax(-1)
+        return all_logp.gather(-1, tokens[:, 1:, None])[..., 0], aux
+
+    for _ in range(2):
+        halves = (slice(0, 6), slice(6, 12))
+        old = [logp(rows)[0].detach() for rows in halves]
+        for rows, old_logp in zip(halves, old):
+            new, aux = logp(rows)
+            mask = batch.trained[rows].float()
+            ratio = (new - old_logp).exp().clamp(0.98, 1.03).detach()
+            token_mean = (ratio * new * mask).sum(1) / mask.sum(1)
+            loss = -(advantages[rows] * token_mean).mean() + 0.1 * aux.router_loss
+            by_hand.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
+            by_hand.step()
+    for a, b in zip(model.parameters(), twin.parameters()):
+        assert relative_error(a, b) < 1e-4
+
+
+def test_only_informative_groups_are_kept_and_too_few_of_them_ask_for_more_prompts(monkeypatch):
+    flags = train_rl.Flags(prompts=3, group_size=2, moves=2, eval_problems=3, min_groups=3, resample=3, overlong_buffer=2,
+                           max_new_tokens=4, updates_per_rollout=1)  # fmt: skip
+    seeds, rounds = [], iter([[1, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 0, 1, 1, 0]])
+
+    def respond(model, tokenizer, problems, flags, seed, group_size, temperature):
+        seeds.append(seed)
+        tokens = torch.tensor([[46, 262, 49, 257]] * 6)
+        mask = torch.tensor([[True, False, True, True]] * 6)  # the second token was set by the budget
+        logp = torch.arange(24.0).view(6, 4) * mask
+        scores = [tasks.Score(float(c), bool(c), True, False) for c in next(rounds)]
+        return sample.Rollout(tokens, logp, mask, torch.tensor([4, 3, 4, 4, 4, 4]), ["eos"] * 6), scores
+
+    monkeypatch.setattr(train_rl, "respond", respond)
+    experience = train_rl.collect(small_model(), TOKENIZER, flags, step=1)
+    assert len(set(seeds)) == 3 and experience.seen["sampled_groups"] == 9 and experience.seen["groups"] == 5
+    # penalties: -1 for 4 tokens, -0.5 for the one response of 3 tokens in each round, which makes its group unequal
+    assert experience.rewards.tolist() == [0, -0.5, -1, -0.5, 0, 0.5, -1, 0, 0, -1]
+    assert experience.batch.trained.sum(1).tolist() == [3, 2, 3, 2, 3, 2, 3, 3, 3, 3]
+    flags = dataclasses.replace(flags, resample=0)
+    rounds = iter([[1, 0, 1, 1, 0, 0]])
+    assert train_rl.collect(small_model(), TOKENIZER, flags, step=1).batch is None
+
+
+def test_evaluation_uses_held_out_problems_only(monkeypatch):
+    seen = []
+
+    def respond(model, tokenizer, problems, flags, seed, group_size=1, temperature=1.0):
+        seen.extend(problems)
+        n = len(problems) * group_size
+        return sample.Rollout(None, None, None, torch.ones(n), ["eos"] * n), [tasks.Score(0.0, False, False, False)] * n
+
+    monkeypatch.setattr(train_rl, "respond", respond)
+    scores = train_rl.evaluate(None, TOKENIZER, train_rl.Flags(eval_problems=90))
+    assert len({p.prompt for p in seen}) == 90 and all(tasks.is_held_out(p.prompt) for p in seen)
+    assert scores["accuracy"] == scores["pass_k"] == scores["greedy"] == 0
 
 
 def test_the_same_seed_writes_the_same_log_and_the_run_folder_explains_itself(run, tmp_path):
@@ -685,8 +813,82 @@ def test_a_saved_run_scores_again_what_its_summary_says_and_starts_another_run(r
     folder, summary = run
     assert train_rl.main(["--eval", str(folder)])["accuracy"] == summary["accuracy_end"]
     train_rl.main([*TINY_RUN, "--task", "mod", "--steps", "1", "--init", str(folder), "--out", str(tmp_path / "c")])
+    for file in (tmp_path / "c/step-000000").glob("*.safetensors"):
+        assert file.read_bytes() == (folder / "step-000003" / file.name).read_bytes()
+    assert [row["lr"] for row in train_rl.read_log(folder / "log.csv")[1:]] == pytest.approx([6e-4, 12e-4, 18e-4])
     sample.main(["--model", str(folder), "--prompt", "+3=", "--n", "2", "--max-new-tokens", "5"])
     assert capsys.readouterr().out.count("tokens, ended by") == 2
+
+
+def finished(folder):
+    """What a run leaves behind, apart from times: its log and the bytes of its last checkpoint."""
+    log = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(folder / "log.csv"))]
+    last = folder / (folder / "latest").read_text().strip()
+    return log, {f.name: f.read_bytes() for f in last.iterdir()}
+
+
+def test_a_run_killed_ten_times_ends_with_the_same_bits_as_an_undisturbed_one(run, tmp_path):
+    argv = [
+        *TINY_RUN,
+        "--steps",
+        "40",
+        "--eval-every",
+        "20",
+        "--checkpoint-every",
+        "1",
+        "--init",
+        str(run[0] / "step-000000"),
+    ]
+    train_rl.main([*argv, "--out", str(tmp_path / "whole")])
+
+    folder, rng, at = tmp_path / "killed", random.Random(0), []
+    for _ in range(10):
+        started = (folder / "latest").exists()
+        done = int((folder / "latest").read_text()[5:]) if started else -1
+        command = ["--resume", str(folder)] if started else [*argv, "--out", str(folder)]
+        child = subprocess.Popen([sys.executable, HERE / "train_rl.py", *command], stdout=subprocess.DEVNULL)
+        while child.poll() is None and log_lines(folder) <= done + 2:  # until a step more is done than was saved
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.15)  # so as to strike at any moment of the next steps, saving included
+        child.kill()
+        assert child.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+        at.append((folder / "latest").read_text() if (folder / "latest").exists() else shutil.rmtree(folder))
+    train_rl.main(["--resume", str(folder)])
+    assert finished(folder) == finished(tmp_path / "whole")
+    assert not list(folder.glob(".*.writing*")) and len(list(folder.glob("step-*"))) == 3
+    assert len(set(at)) > 5
+
+
+def log_lines(folder):
+    """How many lines a run's log has so far."""
+    try:
+        return (folder / "log.csv").read_text().count("\n")
+    except FileNotFoundError:
+        return 0
+
+
+def test_ctrl_c_saves_the_step_and_says_how_to_go_on(run, tmp_path):
+    argv = [
+        *TINY_RUN,
+        "--steps",
+        "500",
+        "--checkpoint-every",
+        "400",
+        "--init",
+        str(run[0]),
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    child = subprocess.Popen(
+        [sys.executable, HERE / "train_rl.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while log_lines(tmp_path / "a") < 4:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and f"go on with: python train_rl.py --resume {tmp_path / 'a'}" in err
+    step = log_lines(tmp_path / "a") - 2
+    assert (tmp_path / "a/latest").read_text().strip() == f"step-{step:06d}"
 
 
 # ============================================================================
@@ -751,7 +953,7 @@ BAD_MODELS = {
 @pytest.mark.parametrize("damage", BAD_MODELS)
 def test_a_damaged_or_foreign_model_directory_is_one_clear_line(tmp_path, capsys, damage):
     with pytest.raises(SystemExit) as exit:
-        sample.main(["--model", str(damaged(tmp_path, damage)), "--prompt", "x"])
+        train_rl.main(["--eval", str(damaged(tmp_path, damage))])
     message = capsys.readouterr().err
     assert exit.value.code == 2 and message.count("\n") == 1 and BAD_MODELS[damage] in message
 
@@ -760,14 +962,14 @@ BAD_FLAGS = {
     "train_rl --stepz 3": "--stepz",
     "train_rl --steps many": "--steps",
     "train_rl --task mod,chess": "choose from mod, walk, cups",
-    "train_rl --preset huge": "choose from tiny, small, base, m1",
-    "train_rl --algo ppo": "choose from reinforce, cispo",
+    "train_rl --preset m1": "one of tiny, small, base",
+    "train_rl --algo ppo": "one of reinforce, cispo",
     "train_rl --eps-high -0.5": "below 1",
-    "train_rl --token-weights none": "choose from batch, group",
+    "train_rl --token-weights none": "one of batch, group",
     "train_rl --group-size 1": "at least 2",
     "train_rl --updates-per-rollout 0": "at least 1",
     "train_rl --lr 0": "above 0",
-    "train_rl --device tpu": "choose from auto, cpu, cuda",
+    "train_rl --device tpu": "one of auto, cpu, cuda",
     "train_rl --init nowhere": "nowhere",
     "train_rl --eval nowhere": "nowhere",
     "train_rl --out .": "not empty",
@@ -802,7 +1004,8 @@ BAD_CALLS = {
     "integer queries": (lambda: lightning_attention(*[torch.ones(1, 2, 3, 4, dtype=torch.int64)] * 3, torch.ones(3)), "floating"),
     "shapes": (lambda: lightning_attention(*attention_inputs(3)[:2], attention_inputs(4)[2], torch.ones(3)), "(B, L, H, V)"),
     "unknown form": (lambda: lightning_attention(*attention_inputs(3)[:3], torch.ones(3), impl="fast"), "choose from auto"),
-    "state dtype": (lambda: lightning_attention(*attention_inputs(3), torch.ones(4)), "slope"),
+    "slopes": (lambda: lightning_attention(*attention_inputs(3)[:3], torch.ones(4)), "slope"),
+    "state dtype": (lambda: lightning_attention(*attention_inputs(3)[:3], torch.ones(3), torch.zeros(2, 3, 8, 5)), "float64"),
     "padding on the right": (
         lambda: small_model()(torch.zeros(1, 2, dtype=torch.int64), mask=torch.tensor([[True, False]])), "padding must be on the left"),
     "cap below 1": (lambda: cispo.weight_range("cispo", eps_high=-0.1), "below 1"),
@@ -847,10 +1050,10 @@ def test_the_readmes_index_names_functions_and_tests_that_exist():
 def test_the_readmes_numbers_for_the_main_job_are_those_of_the_committed_logs():
     text = (HERE / "README.md").read_text()
     for seed in bench.SEEDS:
-        log = bench.read_csv(HERE / f"figures/main-seed{seed}.csv")
+        log = train_rl.read_log(HERE / f"figures/main-seed{seed}.csv")
         start, end = log[0]["accuracy"], log[-1]["accuracy"]
         assert end >= 0.90 and end - start >= 0.60
-        row = bench.read_csv(HERE / "figures/main.csv")[seed]
+        row = train_rl.read_log(HERE / "figures/main.csv")[seed]
         assert (row["seed"], row["accuracy_end"]) == (seed, pytest.approx(end, abs=1e-6))
         line = f"| {seed} | {start:.3f} → {end:.3f} | {row['fork_rate_start']:.2f} → {row['fork_rate_end']:.2f} |"
         line += f" {row['length_start']:.1f} → {row['length_end']:.1f} tokens | {row['seconds']:.0f} s |"

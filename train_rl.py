@@ -1,6 +1,7 @@
 """Cold start, then CISPO: a small MiniMax-M1 learns to think before it answers.
 
     python train_rl.py                          the main job: a few minutes on two CPU cores
+    python train_rl.py --resume runs/NAME       go on where a run stopped, to the same bits
     python train_rl.py --eval runs/NAME         score a finished run again
     python train_rl.py --help                   every flag
 
@@ -12,18 +13,26 @@ One RL step:
     3. Evaluation            evaluate, chain_skill
     4. Cold start            cold_start
     5. Reinforcement         collect, update
-    6. The run               RunFolder, train, main
+    6. The run folder        new_folder, save_checkpoint, reopen, is_it_normal
+    7. The run               train, main
 
 Dimension key: N sequences, L tokens of the longest, T trained tokens in one row after another.
 """
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 import os
+import pickle
 import platform
 import random
+import shutil
+import signal
+import statistics
+import sys
+import threading
 import time
 import zlib
 from dataclasses import dataclass
@@ -36,14 +45,17 @@ from tqdm import tqdm
 import cispo
 import tasks
 from model import (
+    PRESETS,
     M1Config,
     MiniMaxM1,
+    check_flags,
     checkpoint_dir,
     command_line,
     count_parameters,
     flag,
     load_pretrained,
     parse_flags,
+    read_json,
     save_pretrained,
 )
 from sample import Tokenizer, generate, left_pad, pick_device
@@ -59,72 +71,77 @@ class Flags:
 
     seed: int = flag(0, "same seed, same log on the same machine", "run")
     out: str = flag(None, "run folder; none = the next free runs/PRESET-ALGO-NNN", "run")
-    device: str = flag("auto", "cpu, cuda, or auto: a GPU if there is one", "run")
+    device: str = flag(
+        "auto", "auto = cpu for tiny, else a GPU if there is one", "run", choices=("auto", "cpu", "cuda")
+    )
     eval: str = flag(None, "score this run or model directory and stop", "run")
+    resume: str = flag(None, "go on with this run folder; --steps, --keep and --device may change", "run")
+    checkpoint_every: int = flag(5, "RL steps between checkpoints", "run", at_least=1)
+    keep: int = flag(2, "newest checkpoints to keep, besides the one after the cold start", "run", at_least=1)
 
-    preset: str = flag(None, "model size: tiny, small or base; none = tiny on a CPU, small on a GPU", "model")
+    preset: str = flag(None, "tiny, small or base; none = tiny, or the size of --init", "model", choices=tuple(PRESETS))
     init: str = flag(None, "start RL from this run or model directory instead of a cold start", "model")
 
     task: str = flag("mod,walk,cups", "tasks to mix evenly, separated by commas", "problems")
-    moves: int = flag(6, "difficulty: steps per problem", "problems")
+    moves: int = flag(6, "difficulty: steps per problem", "problems", at_least=1)
 
-    sft_steps: int = flag(2000, "most cold-start steps; it ends when chains are learnt", "cold start")
-    sft_skill: float = flag(0.95, "chains are learnt when this share of forced chains ends right", "cold start")
-    sft_batch: int = flag(48, "demonstrations per step", "cold start")
-    sft_lr: float = flag(None, "learning rate; none = 3e-3 * 64 / model width", "cold start")
-    fork_prior: float = flag(0.1, "how often demonstrations choose to think", "cold start")
+    sft_steps: int = flag(2000, "most steps; it ends when chains are learnt", "cold start", at_least=1)
+    sft_skill: float = flag(0.95, "learnt: this share of forced chains is right", "cold start", at_least=0, at_most=1)
+    sft_batch: int = flag(48, "demonstrations per step", "cold start", at_least=1)
+    sft_lr: float = flag(None, "learning rate; none = 3e-3 * 64 / model width", "cold start", above=0)
+    fork_prior: float = flag(0.1, "how often demonstrations choose to think", "cold start", at_least=0, at_most=1)
 
-    steps: int = flag(40, "RL steps; 0 stops after the cold start", "reinforcement")
-    prompts: int = flag(32, "prompts per step", "reinforcement")
-    group_size: int = flag(8, "G, responses per prompt", "reinforcement")
-    updates_per_rollout: int = flag(4, "optimizer steps per batch of rollouts; the report's is 16", "reinforcement")
-    lr: float = flag(None, "learning rate; none = 2e-4 * 64 / model width", "reinforcement")
-    warmup: int = flag(5, "RL steps over which the learning rate rises", "reinforcement")
-    temperature: float = flag(1.0, "of rollouts and of the log-probs trained on", "reinforcement")
-    max_new_tokens: int = flag(None, "longest response; none = moves + 10", "reinforcement")
-    min_groups: int = flag(
-        4, "dynamic sampling: fewest prompts with unequal rewards that make an update", "reinforcement"
-    )
-    resample: int = flag(2, "dynamic sampling: how often to draw more prompts when there are too few", "reinforcement")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "reinforcement")
+    steps: int = flag(40, "RL steps; 0 stops after the cold start", "reinforcement", at_least=0)
+    prompts: int = flag(32, "prompts per step", "reinforcement", at_least=1)
+    group_size: int = flag(8, "G, responses per prompt, compared with each other", "reinforcement", at_least=2)
+    updates_per_rollout: int = flag(4, "updates per batch of rollouts; the report's: 16", "reinforcement", at_least=1)
+    lr: float = flag(None, "learning rate; none = 2e-4 * 64 / model width", "reinforcement", above=0)
+    warmup: int = flag(5, "RL steps over which the learning rate rises", "reinforcement", at_least=0)
+    temperature: float = flag(1.0, "of rollouts and of the log-probs trained on", "reinforcement", at_least=0.01)
+    max_new_tokens: int = flag(None, "longest response; none = longest right one + 6", "reinforcement", at_least=1)
+    min_groups: int = flag(4, "fewest prompts with unequal rewards that make an update", "reinforcement", at_least=1)
+    resample: int = flag(2, "how often to draw more prompts when there are too few", "reinforcement", at_least=0)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "reinforcement", above=0)
 
-    algo: str = flag("cispo", f"loss: {', '.join(cispo.ALGORITHMS)}", "loss")
-    eps_high: float = flag(4.0, "CISPO's ratio is capped at 1 + this; none = no cap", "loss")
+    algo: str = flag("cispo", "which loss", "loss", choices=tuple(cispo.ALGORITHMS))
+    eps_high: float = flag(4.0, "CISPO's ratio is capped at 1 + this; none = no cap", "loss", optional=True)
     eps_low: float = flag(None, "CISPO's ratio is at least 1 - this; none = no lower bound", "loss")
-    clip_low: float = flag(0.2, "trust region below 1 (grpo: on both sides)", "loss")
-    clip_high: float = flag(0.28, "trust region above 1", "loss")
-    token_weights: str = flag("batch", f"normaliser: {', '.join(cispo.WEIGHT_MODES)}", "loss")
-    overlong_buffer: int = flag(0, "soft penalty over the last so many tokens of max_new_tokens; 0 = off", "loss")
+    clip_low: float = flag(0.2, "trust region below 1 (grpo: on both sides)", "loss", at_least=0)
+    clip_high: float = flag(0.28, "trust region above 1", "loss", at_least=0)
+    token_weights: str = flag("batch", "normaliser of the loss", "loss", choices=cispo.WEIGHT_MODES)
+    overlong_buffer: int = flag(
+        0, "soft penalty over the last so many tokens of a response; 0 = off", "loss", at_least=0
+    )
 
-    eval_every: int = flag(5, "RL steps between evaluations", "evaluation")
-    eval_problems: int = flag(300, "held-out problems", "evaluation")
-    eval_samples: int = flag(8, "responses to each, for pass@1 and pass@k", "evaluation")
+    eval_every: int = flag(5, "RL steps between evaluations", "evaluation", at_least=1)
+    eval_problems: int = flag(300, "held-out problems", "evaluation", at_least=1)
+    eval_samples: int = flag(8, "responses to each, for pass@1 and pass@k", "evaluation", at_least=1)
 
     def __post_init__(self):
         """Refuse what cannot work before anything is written or computed."""
-        for name in ("moves", "sft_batch", "prompts", "min_groups", "updates_per_rollout",
-                     "eval_every", "eval_problems", "eval_samples"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(self, name)}")
-        for name in ("lr", "sft_lr", "temperature", "max_grad_norm"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
-        if self.group_size < 2:
-            raise ValueError(f"--group-size must be at least 2, to have something to compare; found {self.group_size}")
-        if self.token_weights not in cispo.WEIGHT_MODES:
-            modes = ", ".join(cispo.WEIGHT_MODES)
-            raise ValueError(f"unknown --token-weights {self.token_weights!r}; choose from {modes}")
+        check_flags(self)
         cispo.weight_range(self.algo, self.eps_low, self.eps_high)
-        tasks.draw(random.Random(0), 1, self.task_names, self.moves)
+        for a, b in (("prompts", "updates_per_rollout"), ("prompts", "min_groups"), ("longest", "overlong_buffer")):
+            if getattr(self, a) < getattr(self, b):
+                raise ValueError(f"{b} {getattr(self, b)} is more than there are {a}, {getattr(self, a)}; lower it")
+        if self.init and self.preset:
+            raise ValueError("--init brings its own model size: leave out --preset")
 
     @property
     def task_names(self):
+        """The tasks as a list."""
         return [name.strip() for name in self.task.split(",")]
 
-    @property
+    @functools.cached_property
+    def held_out(self):
+        """The problems of every evaluation, the same for all seeds."""
+        return tasks.draw(random.Random("held-out"), self.eval_problems, self.task_names, self.moves, held_out=True)
+
+    @functools.cached_property
     def longest(self):
         """Longest response in tokens."""
-        return self.max_new_tokens or self.moves + 10
+        worked = max(len((p.chain + p.answer).encode()) for p in self.held_out) + 3  # fork, </think>, end
+        return worked + 6 if self.max_new_tokens is None else self.max_new_tokens
 
 
 def substream(seed, *names):
@@ -138,13 +155,11 @@ def substream(seed, *names):
 
 
 class Batch(NamedTuple):
-    """Prompts with their responses, padded on the left. Position t of the last three belongs to the prediction of
-    tokens[:, t + 1].
-    """
+    """Prompts with their responses, padded on the left."""
 
     tokens: torch.Tensor  # (N, L) int64
     mask: torch.Tensor  # (N, L) bool: real tokens
-    trained: torch.Tensor  # (N, L - 1) bool: predictions that carry loss
+    trained: torch.Tensor  # (N, L - 1) bool: entry t says whether the prediction of tokens[:, t + 1] carries loss
 
     def rows(self, index):
         """The sequences of this index (slice or tensor), same width."""
@@ -186,10 +201,13 @@ def respond(model, tokenizer, problems, flags, seed, group_size=1, temperature=1
         model, prompts, group_size=group_size, max_new_tokens=flags.longest, temperature=temperature, seed=seed,
         eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, think_end_id=tokenizer.think_end_id,
     )  # fmt: skip
-    return rollout, [
-        tasks.score(problems[i // group_size], text, rollout.ended[i] in ("eos", "budget"))
-        for i, text in enumerate(response_texts(tokenizer, rollout))
-    ]
+    scores = []
+    for i, text in enumerate(response_texts(tokenizer, rollout)):
+        closed = int((rollout.tokens[i] == tokenizer.think_end_id).sum())
+        spelled = text.count(tasks.THINK_END) != closed  # byte by byte it is not the token, and no budget would see it
+        ended = rollout.ended[i] in ("eos", "budget") and not spelled
+        scores.append(tasks.score(problems[i // group_size], text, ended))
+    return rollout, scores
 
 
 def response_texts(tokenizer, rollout):
@@ -204,8 +222,8 @@ def evaluate(model, tokenizer, flags):
     accuracy = pass@1: the mean over eval_samples responses at temperature 1 to each problem; pass_k: at least one of
     them is right; greedy: the likeliest response is; fork_rate and length (tokens) are of the sampled responses.
     """
-    problems = tasks.draw(random.Random("held-out"), flags.eval_problems, flags.task_names, flags.moves, held_out=True)
-    k, correct, forked, length, greedy = flags.eval_samples, [], [], [], []
+    problems, k = flags.held_out, flags.eval_samples
+    correct, forked, length, greedy = [], [], [], []
     for start in range(0, len(problems), 64):  # in pieces: larger batches fall out of a CPU's cache
         piece = problems[start : start + 64]
         rollout, scores = respond(model, tokenizer, piece, flags, substream(flags.seed, "eval", start), k)
@@ -280,6 +298,8 @@ def cold_start(model, tokenizer, flags):
         if step % every == 0 or step == stop:
             skill = chain_skill(model, tokenizer, flags)
             bar.set_postfix(loss=f"{loss.item():.3f}", chains=f"{skill:.2f}")
+            if bar.disable:  # no terminal
+                print(f"cold start step {step}  loss {loss.item():.3f}  forced chains right {skill:.2f}", flush=True)
             if skill >= flags.sft_skill:
                 stop = min(stop, step + cooldown)
             elif step == stop:  # unlearnt while cooling down: go on at the full rate
@@ -304,13 +324,15 @@ class Experience(NamedTuple):
     seen: dict  # means over everything sampled, dropped groups included
 
 
-def collect(model, tokenizer, flags, rng, step):
+def collect(model, tokenizer, flags, step):
     """Sample groups of responses, score them and keep the groups with unequal rewards (dynamic sampling, DAPO).
 
     More prompts are drawn while fewer than min_groups are kept, at most `resample` times. Returns an Experience, or
     one whose batch is None when even then there are too few.
     """
-    prompts, responses, learned, rewards, infer, scores, lengths, rounds = [], [], [], [], [], [], [], 0
+    prompts, responses, learned, rewards, infer, rounds = [], [], [], [], [], 0
+    scores, lengths, all_rewards = [], [], []  # of everything sampled
+    rng = random.Random(substream(flags.seed, "problems", step))
     while len(rewards) < flags.min_groups * flags.group_size and rounds <= flags.resample:
         problems = tasks.draw(rng, flags.prompts, flags.task_names, flags.moves)
         seed = substream(flags.seed, "rollout", step, rounds)
@@ -327,10 +349,11 @@ def collect(model, tokenizer, flags, rng, step):
             rewards.append(float(reward[i]))
             infer.append(rollout.logp[i][rollout.mask[i]])
         scores += new_scores
+        all_rewards += reward.tolist()
         lengths += rollout.lengths.tolist()
         rounds += 1
     seen = {
-        "reward": mean(s.reward for s in scores),
+        "reward": mean(all_rewards),
         "correct": mean(s.correct for s in scores),
         "well_formed": mean(s.well_formed for s in scores),
         "fork_rate": mean(s.forked for s in scores),
@@ -390,23 +413,29 @@ def update(model, optimizer, experience, flags, lr):
         **{name: reduce.get(name, mean)([log[name] for log in logs]) for name in logs[0]},
         "updates": len(pieces),
         "entropy": float(entropy.mean()),
-        "prob_corr": cispo.prob_correlation(
-            train_logp, experience.infer_logp, torch.ones_like(train_logp, dtype=torch.bool)
-        ),
+        "prob_corr": cispo.prob_correlation(train_logp, experience.infer_logp),
         "logp_gap": float((train_logp - experience.infer_logp).abs().max()),
     }
 
 
 # ============================================================================
-# 6. The run
+# 6. The run folder
 # ============================================================================
 
 COLUMNS = [
-    "step", "accuracy", "pass_k", "greedy", "eval_fork_rate", "eval_length",  # held-out; empty between evaluations
-    "reward", "correct", "well_formed", "fork_rate", "length", "groups", "sampled_groups",  # rollouts
-    "updates", "loss", "grad_norm", "lr", "entropy", "ratio_mean", "ratio_min", "ratio_max",
-    "weight_clip_frac_high", "weight_clip_frac_low", "ppo_would_drop_frac", "kl_k1", "kl_k3", "ess",
-    "prob_corr", "logp_gap", "router_loss", "busiest_expert", "seconds",
+    # on held-out problems, empty between evaluations: see evaluate
+    "step", "accuracy", "pass_k", "greedy", "eval_fork_rate", "eval_length",
+    # means over this step's rollouts; groups = prompts with unequal rewards, kept out of sampled_groups; length in tokens
+    "reward", "correct", "well_formed", "fork_rate", "length", "groups", "sampled_groups",
+    # the updates; entropy in nats per token, grad_norm before clipping
+    "updates", "loss", "grad_norm", "lr", "entropy",
+    # see cispo.policy_loss: means over the updates, extremes for ratio_min and ratio_max
+    "ratio_mean", "ratio_min", "ratio_max", "weight_clip_frac_high", "weight_clip_frac_low", "ppo_would_drop_frac",
+    "kl_k1", "kl_k3", "ess",
+    # training against rollout: correlation of probabilities, largest difference of log-probs
+    "prob_corr", "logp_gap",
+    # experts: load-balancing loss (2 = balanced), share of tokens' choices that the busiest one got
+    "router_loss", "busiest_expert", "seconds",
 ]  # fmt: skip
 
 
@@ -418,9 +447,9 @@ def new_folder(flags):
             raise ValueError(f"--out {folder} exists and is not empty; remove it or choose another name")
     else:
         number = 1
-        while (folder := Path("runs") / f"{flags.preset}-{flags.algo}-{number:03d}").exists():
+        while (folder := Path("runs") / f"{flags.preset or 'init'}-{flags.algo}-{number:03d}").exists():
             number += 1
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=bool(flags.out))
     return folder
 
 
@@ -431,102 +460,107 @@ def write_file(path, text):
     os.replace(draft, path)
 
 
-def save_step(model, folder, step):
-    """A checkpoint in the published layout; `latest` then names it."""
-    save_pretrained(model, folder / f"step-{step:06d}")
-    write_file(folder / "latest", f"step-{step:06d}\n")
+def save_checkpoint(model, optimizer, folder, step, keep):
+    """Model (published layout) and optimizer as one new directory; `latest` then names it; older ones go.
+
+    Nothing else needs saving: every random draw comes from a seed of its own (substream), never from what ran before.
+    """
+    name = f"step-{step:06d}"
+    save_pretrained(model, folder / name, trainer_state={"step": step, "optimizer": optimizer.state_dict()})
+    write_file(folder / "latest", name + "\n")
+    for old in sorted(folder.glob("step-*"))[1:-keep]:  # the first is the cold start's
+        shutil.rmtree(old)
 
 
-def show_samples(model, tokenizer, flags, n=6):
-    """A few held-out problems with one sampled response each, as text."""
-    problems = tasks.draw(random.Random("held-out"), n, flags.task_names, flags.moves, held_out=True)
-    rollout, scores = respond(model, tokenizer, problems, flags, substream(flags.seed, "samples"))
-    rows = zip(problems, response_texts(tokenizer, rollout), scores)
-    return "\n".join(f"  {p.prompt}{text:<30}  answer {p.answer}  reward {s.reward:.1f}" for p, text, s in rows)
+def reopen(folder, optimizer, device):
+    """Make a run folder what it was at its newest checkpoint; returns that checkpoint's step.
+
+    Loads the optimizer, cuts log.csv back and removes what was being written when the run stopped.
+    """
+    file = checkpoint_dir(folder) / "trainer.pt"
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error}); point {folder}/latest at an older checkpoint") from None
+    for leftover in folder.glob(".*.writing*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for newer in sorted(folder.glob("step-*")):
+        if newer.name > f"step-{state['step']:06d}":
+            shutil.rmtree(newer)
+    lines = (folder / "log.csv").read_text().splitlines(keepends=True)
+    write_file(folder / "log.csv", "".join(lines[: state["step"] + 2]))  # the header and steps 0, 1, ...
+    return state["step"]
 
 
-def print_banner(flags, model, folder):
-    """What is about to happen, before anything slow happens."""
-    n = count_parameters(model.config)
-    low, high = cispo.weight_range(flags.algo, flags.eps_low, flags.eps_high)
-    drops = "tokens outside the trust region are dropped" if cispo.ALGORITHMS[flags.algo].masked else "no token dropped"
-    step = f"{flags.prompts} prompts x {flags.group_size} responses, {flags.updates_per_rollout} updates"
-    print(f"device    {model.device} ({torch.get_num_threads()} threads), fp32, torch {torch.__version__}")
-    print(f"model     {flags.preset}: {n['total']:,} parameters, {n['active_with_head']:,} active per token")
-    print("attention chunk, in PyTorch (the only fast form so far)")
-    print(f"problems  {flags.task}, {flags.moves} moves; scored on {flags.eval_problems} held-out problems")
-    print(f"loss      {flags.algo}: IS weight in {'[' if low else '('}{low:g}, {high:g}], {drops}")
-    print(f"steps     {flags.steps}, each {step}")
-    print(f"folder    {folder}")
-    if dataclasses.replace(flags, seed=0, out=None, device="auto") == Flags(preset="tiny"):
-        print("expect    1 to 3 minutes on two CPU cores, under 1 GB of memory")
+def read_log(path):
+    """log.csv as one dict of numbers per step; what was not measured is absent."""
+    with open(path, newline="") as file:
+        return [{name: float(x) for name, x in row.items() if x} for row in csv.DictReader(file)]
 
 
-def train(flags):
-    """The whole run: cold start, RL, evaluation, files. Returns the summary."""
-    start = time.perf_counter()
-    device = pick_device(flags.device)
-    flags = dataclasses.replace(flags, preset=flags.preset or ("tiny" if device == "cpu" else "small"))
-    torch.manual_seed(flags.seed)
-    if flags.init:
-        model = load_pretrained(flags.init, device, torch.float32)
-    else:
-        model = MiniMaxM1(M1Config.preset(flags.preset, eos_token_id=EOS_ID, pad_token_id=PAD_ID)).to(device)
-    tokenizer = Tokenizer.of(model.config)
-    folder = new_folder(flags)
-    write_file(folder / "run.json", json.dumps(describe(flags, model), indent=2) + "\n")
-    print_banner(flags, model, folder)
+CURVES = {  # column on held-out problems: (the same in rollouts, label)
+    "accuracy": ("correct", "held-out accuracy (pass@1)"),
+    "eval_fork_rate": ("fork_rate", "fork rate: thinks first"),
+    "eval_length": ("length", "response length, tokens"),
+}
 
-    if not flags.init:
-        learnt = cold_start(model, tokenizer, flags)
-        print("cold start: {steps} steps, loss {loss:.3f}, forced chains right {skill:.2f}".format(**learnt))
-        if learnt["skill"] < flags.sft_skill:
-            print("warning: chains are not learnt, so RL will make responses longer, not right; raise --sft-steps")
-    before = show_samples(model, tokenizer, flags)
-    save_step(model, folder, 0)
 
-    lr = flags.lr or 2e-4 * 64 / model.config.hidden_size
-    optimizer, rng = make_optimizer(model, lr), random.Random(substream(flags.seed, "problems"))
-    log = []
-    with open(folder / "log.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        for step in tqdm(range(flags.steps + 1), desc="RL", unit="step", disable=None):
-            clock, row = time.perf_counter(), {"step": step}
-            if step > 0:
-                row["lr"] = lr * min(step / max(flags.warmup, 1), 1)
-                experience = collect(model, tokenizer, flags, rng, step)
-                row.update(experience.seen)
-                if experience.batch is not None:
-                    row.update(update(model, optimizer, experience, flags, row["lr"]))
-            if step % flags.eval_every == 0 or step == flags.steps:
-                held_out = evaluate(model, tokenizer, flags)
-                held_out["eval_fork_rate"], held_out["eval_length"] = held_out.pop("fork_rate"), held_out.pop("length")
-                row.update(held_out)
-            row["seconds"] = time.perf_counter() - clock
-            writer.writerow({name: round(x, 6) if isinstance(x, float) else x for name, x in row.items()})
-            file.flush()
-            tqdm.write(step_line(row, flags))
-            log.append(row)
+def reference_band(column, at_least):
+    """{step: (low, high)}: where a further run of the main job falls with 95 % probability, from the committed seeds.
 
-    if flags.steps:
-        save_step(model, folder, flags.steps)
-    after = show_samples(model, tokenizer, flags)
-    write_file(folder / "samples.txt", f"after the cold start\n{before}\n\nafter {flags.steps} RL steps\n{after}\n")
-    draw_curves(log, folder / "curves.png", f"{flags.algo}, seed {flags.seed}")
-    names = ("accuracy", "pass_k", "greedy", "eval_fork_rate", "eval_length")
-    summary = {
-        f"{n.removeprefix('eval_')}_{when}": row[n]
-        for when, row in (("start", log[0]), ("end", log[-1]))
-        for n in names
-    }
-    summary |= {"seconds": round(time.perf_counter() - start, 1), "seed": flags.seed, "steps": flags.steps}
-    write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"held-out accuracy {summary['accuracy_start']:.3f} -> {summary['accuracy_end']:.3f}, ", end="")
-    print(f"fork rate {summary['fork_rate_start']:.2f} -> {summary['fork_rate_end']:.2f}, ", end="")
-    print(f"length {summary['length_start']:.1f} -> {summary['length_end']:.1f} tokens, {summary['seconds']:.0f} s")
-    print(f"see {folder}/samples.txt and {folder}/curves.png")
-    return summary
+    mean +- t s sqrt(1 + 1/n) with n seeds and their standard deviation s, taken as at_least where they hardly differ.
+    """
+    logs = [read_log(file) for file in sorted((Path(__file__).parent / "figures").glob("main-seed*.csv"))]
+    values = {row["step"]: [log[int(row["step"])][column] for log in logs] for row in logs[0] if column in row}
+    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}[len(logs)]  # Student's t at 97.5 %, n - 1 degrees of freedom
+    band = {}
+    for step, x in values.items():
+        spread = t * math.sqrt(1 + 1 / len(x)) * max(statistics.stdev(x), at_least)
+        band[step] = (mean(x) - spread, mean(x) + spread)
+    return band
+
+
+def is_it_normal(log, bands):
+    """One line: at how many evaluations each quantity lay inside its reference band. Inside = at 4 of 5 or more."""
+    verdicts, normal = [], True
+    for column, band in bands.items():
+        points = [(row[column], *band[row["step"]]) for row in log if column in row]
+        inside = [low <= value <= high for value, low, high in points]
+        normal &= mean(inside) >= 0.8
+        verdicts.append(f"{column} {sum(inside)}/{len(inside)}")
+    where = "inside" if normal else "OUTSIDE"
+    return f"is it normal? {where} the band of the reference seeds: {', '.join(verdicts)} evaluations inside"
+
+
+def pyplot():
+    """matplotlib without a screen; imported late, so that nothing waits for it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_curves(log, path, title, bands):
+    """Accuracy, fork rate and response length over RL steps: the report's Figure 4 in miniature."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    for axis, (held_out, (rollout, label)) in zip(axes, CURVES.items()):
+        if held_out in bands:
+            low, high = zip(*bands[held_out].values())
+            axis.fill_between(
+                bands[held_out].keys(), low, high, alpha=0.15, lw=0, color="gray", label="other seeds, 95 %"
+            )
+        for column, style, legend in ((rollout, "-", "rollouts"), (held_out, "o-", "held-out")):
+            rows = [row for row in log if column in row]
+            axis.plot([row["step"] for row in rows], [row[column] for row in rows], style, ms=3, lw=1, label=legend)
+        axis.set(xlabel="RL step", ylabel=label)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def describe(flags, model):
@@ -540,67 +574,205 @@ def describe(flags, model):
     }
 
 
+def show_samples(model, tokenizer, flags, n=6):
+    """A few held-out problems with one sampled response each, as text."""
+    problems = flags.held_out[:n]
+    rollout, scores = respond(model, tokenizer, problems, flags, substream(flags.seed, "samples"))
+    rows = zip(problems, response_texts(tokenizer, rollout), scores)
+    return "".join(f"  {p.prompt}{text:<30}  answer {p.answer}  reward {s.reward:.1f}\n" for p, text, s in rows)
+
+
+# ============================================================================
+# 7. The run
+# ============================================================================
+
+
+def print_banner(flags, model, folder):
+    """What is about to happen, before anything slow happens."""
+    n = count_parameters(model.config)
+    low, high = cispo.weight_range(flags.algo, flags.eps_low, flags.eps_high)
+    drops = "tokens outside the trust region are dropped" if cispo.ALGORITHMS[flags.algo].masked else "no token dropped"
+    step = f"{flags.prompts} prompts x {flags.group_size} responses, {flags.updates_per_rollout} updates"
+    print(f"device    {model.device} ({torch.get_num_threads()} threads), fp32, torch {torch.__version__}")
+    print(
+        f"model     {flags.preset or flags.init}: {n['total']:,} parameters, {n['active_with_head']:,} active per token"
+    )
+    print("attention impl=chunk: PyTorch, the fastest form here that can be trained")
+    print(f"problems  {flags.task}, {flags.moves} moves; scored on {flags.eval_problems} held-out problems")
+    print(f"loss      {flags.algo}: IS weight in {'[' if low else '('}{low:g}, {high:g}], {drops}")
+    print(f"steps     {flags.steps}, each {step}")
+    print(f"folder    {folder}")
+    if dataclasses.replace(flags, seed=0, out=None, device="auto") == Flags(preset="tiny"):
+        print("expect    1 to 3 minutes on two idle CPU cores, under 1 GB of memory", flush=True)
+
+
 def step_line(row, flags):
     """One aligned line per step."""
-    line = f"step {row['step']:3d}/{flags.steps}"
+    line = "step {step:3d}/{steps}".format(step=row["step"], steps=flags.steps)
     if row["step"]:
         line += "  correct {correct:.3f}  fork {fork_rate:.3f}  length {length:5.2f}  groups {groups:2d}".format(**row)
-        if "loss" in row:
-            line += (
-                "  ratio {ratio_min:.2f}-{ratio_max:5.2f}  ppo drops {ppo_would_drop_frac:5.1%}  kl {kl_k3:.4f}".format(
-                    **row
-                )
-            )
-        else:
-            line += f"  fewer than {flags.min_groups} groups: no update"
+    if "loss" in row:
+        line += "  ratio {ratio_min:.2f}-{ratio_max:5.2f}  ppo drops {ppo_would_drop_frac:5.1%}".format(**row)
+    elif row["step"]:
+        line += f"  fewer than {flags.min_groups} groups: no update"
     if "accuracy" in row:
-        line += "  | held-out {accuracy:.3f}  pass@{k} {pass_k:.3f}  greedy {greedy:.3f}".format(
-            k=flags.eval_samples, **row
-        )
+        line += "  | held-out {accuracy:.3f}  pass@k {pass_k:.3f}  greedy {greedy:.3f}".format(**row)
     return f"{line}  {row['seconds']:.1f} s"
 
 
-def draw_curves(log, path, title):
-    """Accuracy, fork rate and response length over RL steps: the report's Figure 4 in miniature."""
-    import matplotlib
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a wish: the current step is finished and saved first. The next one kills."""
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def __enter__(self):
+        self.made, self.handlers = False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    panels = (
-        ("accuracy", "correct", "accuracy"),
-        ("eval_fork_rate", "fork_rate", "fork rate"),
-        ("eval_length", "length", "response length, tokens"),
-    )
-    for axis, (held_out, rollout, label) in zip(axes, panels):
-        for name, style, legend in ((rollout, "-", "rollouts"), (held_out, "o-", "held-out")):
-            rows = [row for row in log if name in row]
-            axis.plot([row["step"] for row in rows], [row[name] for row in rows], style, ms=3, lw=1, label=legend)
-        axis.set(xlabel="RL step", ylabel=label)
-    axes[0].legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    def ask(self, number, frame):
+        if self.made:
+            raise KeyboardInterrupt
+        self.made = True
+        tqdm.write("stopping after this step (again: at once)")
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
-EOS_ID, PAD_ID = Tokenizer.byte().eos_id, Tokenizer.byte().pad_id
+def rl_step(model, tokenizer, optimizer, flags, step):
+    """One step: experience, updates, now and then an evaluation. Step 0 is only evaluated. Returns its log row."""
+    clock, row = time.perf_counter(), {"step": step}
+    if step > 0:
+        lr = flags.lr or 2e-4 * 64 / model.config.hidden_size
+        row["lr"] = lr * min(step / max(flags.warmup, 1), 1)
+        experience = collect(model, tokenizer, flags, step)
+        row |= experience.seen
+        if experience.batch is not None:
+            row |= update(model, optimizer, experience, flags, row["lr"])
+    if step % flags.eval_every == 0 or step == flags.steps:
+        scores = evaluate(model, tokenizer, flags)
+        row |= {
+            f"eval_{name}" if name in row or name in ("fork_rate", "length") else name: x for name, x in scores.items()
+        }
+    row["seconds"] = time.perf_counter() - clock
+    return {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in row.items()}
+
+
+def train(flags):
+    """The whole run: cold start, RL, evaluation, files. Returns the summary."""
+    start = time.perf_counter()
+    if not flags.init and not flags.preset:
+        flags = dataclasses.replace(flags, preset="tiny")
+    tiny = flags.preset == "tiny" and flags.device == "auto"  # a GPU would wait for small operations: 101 s on an H100
+    device = "cpu" if tiny else pick_device(flags.device)
+    torch.manual_seed(flags.seed)
+    going_on = flags.resume and (Path(flags.resume) / "latest").exists()
+    if going_on or flags.init:
+        model = load_pretrained(flags.resume if going_on else flags.init, device, torch.float32)
+    else:
+        byte = Tokenizer.byte()
+        model = MiniMaxM1(M1Config.preset(flags.preset, eos_token_id=byte.eos_id, pad_token_id=byte.pad_id)).to(device)
+    tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model, 0.0)
+    folder = Path(flags.resume) if flags.resume else new_folder(flags)
+    write_file(folder / "run.json", json.dumps(describe(flags, model), indent=2) + "\n")
+    print_banner(flags, model, folder)
+    step = reopen(folder, optimizer, device) if going_on else -1
+    try:
+        if step < 0 and not flags.init:
+            learnt = cold_start(model, tokenizer, flags)
+            print("cold start: {steps} steps, loss {loss:.3f}, forced chains right {skill:.2f}".format(**learnt))
+            if learnt["skill"] < flags.sft_skill:
+                print("warning: chains are not learnt, so RL will make responses longer, not right; raise --sft-steps")
+        if step < 0:
+            write_file(folder / "samples.txt", f"after the cold start\n{show_samples(model, tokenizer, flags)}")
+            write_file(folder / "log.csv", ",".join(COLUMNS) + "\n")
+        bar = tqdm(total=flags.steps, initial=max(step, 0), desc="RL", unit="step", disable=None)
+        with StopRequest() as stop, bar, open(folder / "log.csv", "a", newline="") as file:
+            log = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+            while step < flags.steps and not stop.made:
+                step += 1
+                row = rl_step(model, tokenizer, optimizer, flags, step)
+                log.writerow(row)
+                file.flush()
+                tqdm.write(step_line(row, flags))
+                sys.stdout.flush()
+                bar.update(step > 0)
+                if step % flags.checkpoint_every == 0 or step == flags.steps or stop.made:
+                    save_checkpoint(model, optimizer, folder, step, flags.keep)
+        if step < flags.steps:
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; go on with: python train_rl.py --resume {folder}") from None
+    except (ValueError, OSError) as error:
+        last = (
+            f"last good checkpoint: {checkpoint_dir(folder)}" if (folder / "latest").exists() else "no checkpoint yet"
+        )
+        raise ValueError(f"stopped in step {max(step, 0)}: {error}; {last}") from error
+    return finish(model, tokenizer, flags, folder, time.perf_counter() - start)
+
+
+def finish(model, tokenizer, flags, folder, seconds):
+    """samples.txt, curves.png and summary.json of a finished run; prints and returns the summary."""
+    before = (folder / "samples.txt").read_text().split("\nafter ")[0]
+    after = f"\nafter {flags.steps} RL steps\n{show_samples(model, tokenizer, flags)}"
+    write_file(folder / "samples.txt", before + after)
+    log, first = read_log(folder / "log.csv"), Flags(preset="tiny")
+    free = ("seed", "out", "device", "resume", "checkpoint_every", "keep")
+    default = dataclasses.replace(flags, **{name: getattr(first, name) for name in free}) == first
+    bands = {c: reference_band(c, 0.2 if "length" in c else 0.01) for c in CURVES} if default else {}
+    draw_curves(log, folder / "curves.png", f"{flags.algo}, seed {flags.seed}", bands)
+    summary = {"seed": flags.seed, "steps": flags.steps, "seconds": round(seconds, 1)}
+    for name in ("accuracy", "pass_k", "greedy", "eval_fork_rate", "eval_length"):
+        short = name.removeprefix("eval_")
+        summary |= {f"{short}_start": log[0][name], f"{short}_end": log[-1][name]}
+    write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    line = "held-out accuracy {accuracy_start:.3f} -> {accuracy_end:.3f}, fork rate {fork_rate_start:.2f} -> "
+    line += "{fork_rate_end:.2f}, length {length_start:.1f} -> {length_end:.1f} tokens, {seconds:.0f} s"
+    print(line.format(**summary))
+    print(f"see {folder}/samples.txt and {folder}/curves.png")
+    if bands:
+        print(is_it_normal(log, bands))
+    return summary
 
 
 @command_line
 def main(argv=None):
     """Train, or score a finished run with --eval. Returns the summary."""
-    flags = parse_flags(Flags, argv, __doc__.splitlines()[0])
+    title = __doc__.splitlines()[0]
+    flags = parse_flags(Flags, argv, title)
+    earlier = stored_flags(flags.eval or flags.resume)
+    if flags.resume and not earlier:
+        raise ValueError(f"--resume {flags.resume}: no run.json there; give a run folder such as runs/tiny-cispo-001")
+    if earlier:  # the run's own settings, where argv says nothing else
+        flags = parse_flags(Flags, argv, title, earlier)
+    if flags.resume:
+        changed = sorted(name for name, x in earlier.items() if name not in CHANGEABLE and getattr(flags, name) != x)
+        if changed:
+            raise ValueError(
+                f"--resume keeps a run's settings, and {', '.join(changed)} would change; use --init instead"
+            )
     if not flags.eval:
         return train(flags)
-    stored = Path(flags.eval) / "run.json"
-    if stored.exists():  # the run's own settings, unless a flag says otherwise
-        defaults = json.loads(stored.read_text())["flags"]
-        flags = parse_flags(Flags, argv, __doc__.splitlines()[0], defaults)
     model = load_pretrained(flags.eval, pick_device(flags.device), torch.float32)
     scores = evaluate(model, Tokenizer.of(model.config), flags)
     print(f"{checkpoint_dir(flags.eval)}: " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     return scores
+
+
+CHANGEABLE = ("steps", "keep", "checkpoint_every", "device", "resume", "eval", "out")  # what --resume may change
+
+
+def stored_flags(path):
+    """The flags that a run folder, or the folder above a checkpoint, keeps in run.json; {} where there is none."""
+    for file in (Path(path or "", "run.json"), Path(path or "").parent / "run.json") if path else ():
+        if file.is_file():
+            stored = read_json(file)
+            flags = stored.get("flags") if isinstance(stored, dict) else None
+            if not isinstance(flags, dict) or flags.keys() - {f.name for f in dataclasses.fields(Flags)}:
+                raise ValueError(f"{file} does not hold this version's flags; give them on the command line and --init")
+            return flags
+    return {}
 
 
 if __name__ == "__main__":
