@@ -13,10 +13,12 @@ Equation numbers are those of the MiniMax-M1 report (arXiv:2506.13585) sec. 3.1.
     2. How much each token counts          token_weights
     3. The loss                            ALGORITHMS, policy_loss
     4. Training against rollout            prob_correlation
+    5. See it run                          main: `python cispo.py`, the gradient of one token under every algorithm
 
 Dimension key: N responses (prompts x G, those of a prompt contiguous), T response tokens, G responses per prompt.
 """
 
+import argparse
 from typing import NamedTuple
 
 import torch
@@ -233,8 +235,8 @@ def _outside_trust_region(ratio, advantages, clip_low, clip_high):
 def prob_correlation(train_logp, infer_logp, mask=None):
     """Pearson correlation of the probabilities that training mode and rollout give to the same tokens (report Fig. 3).
 
-    train_logp, infer_logp: one shape; mask: bool of that shape, the tokens to compare (None = all). Returns a float, nan
-    if either side is constant. The report's runs failed at 0.987 and worked at 0.997, the difference being an fp32 output head.
+    train_logp, infer_logp: one shape; mask: bool of that shape, the tokens to compare (None = all). Returns a float,
+    nan if either side is constant. The report's runs failed at 0.987 and worked at 0.997: an fp32 output head.
     """
     mask = torch.ones_like(train_logp, dtype=torch.bool) if mask is None else mask
     p, q = train_logp[mask].double().exp(), infer_logp[mask].double().exp()
@@ -242,3 +244,42 @@ def prob_correlation(train_logp, infer_logp, mask=None):
         raise ValueError("the mask selects no token to compare")
     p, q = p - p.mean(), q - q.mean()
     return float((p * q).sum() / (p.norm() * q.norm()))
+
+
+# ============================================================================
+# 5. See it run
+# ============================================================================
+
+
+def main(argv=None):
+    """Print what every algorithm puts into the formula and the gradient that a token gets from it."""
+    argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False).parse_args(argv)
+    ratios, signs = torch.tensor([0.5, 1, 1.5, 8], dtype=torch.float64), (1, -1)
+    clip_low, clip_high = (policy_loss.__kwdefaults__[name] for name in ("clip_low", "clip_high"))
+
+    print("loss = - sum w * sg(rhat) * M * A * log pi         r = pi / pi_old\n")
+    print(f"{'algorithm':12}{'rhat':18}M = 0, the token is dropped, where")
+    for algo, recipe in ALGORITHMS.items():
+        low, high = weight_range(algo)
+        rhat = f"clip(r, {low:g}, {high:g})" if recipe.bounded else "r"
+        top, bottom = 1 + (clip_low if recipe.symmetric else clip_high), 1 - clip_low
+        print(f"{algo:12}{rhat:18}" + (f"A > 0, r > {top:g} or A < 0, r < {bottom:g}" if recipe.masked else "never"))
+
+    print("\nGradient of J = -loss per token, d J / d log pi, by autograd (w = 1)\n")
+    print(f"{'':12}" + "".join(f"{f'r = {r:g}':>16}" for r in ratios.tolist()))
+    print(f"{'':12}" + "".join(f"{f'A = {A:+d}':>8}" for _ in ratios for A in signs))
+    for algo in ALGORITHMS:
+        columns = []
+        for A in signs:
+            logp = ratios.log().requires_grad_()  # pi_old = 1: only the ratio matters
+            loss, _ = policy_loss(logp, 0 * ratios, torch.full_like(ratios, A), torch.ones_like(ratios), algo=algo)
+            columns.append((-torch.autograd.grad(loss, logp)[0]).tolist())
+        print(f"{algo:12}" + "".join(f"{round(g, 9) + 0.0:>8g}" for pair in zip(*columns) for g in pair))
+
+    print("\nAt r = 1, the first update of a rollout, all agree: one update per rollout could not tell them apart.")
+    print("At r = 8, A = +1 (a rare token, right, now 8 times as likely) unified, dapo and grpo learn nothing more;")
+    print(f"cispo still learns, with the weight {weight_range('cispo')[1]:g} instead of reinforce's 8.")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,11 +12,16 @@ Sources: MiniMax-01 report sec. 2.2 (arXiv:2501.08313); "released" = the publish
     4. The fast form             lightning_chunk         both at once: products inside a chunk, a state between chunks
     5. Generation                lightning_step          one token, state updated in place
     6. The door                  lightning_attention     checks, packing, choice of form
+    7. See it run                main: `python lightning_attn.py`, error and time of every form, what M1 remembers
 
 Dimension key: B batch, L tokens, H heads, K key width, V value width, C chunk, N packed sequences.
 Numerics: states and sums are fp32 (fp64 for fp64 inputs). Decay tables are made in float64 and cast. Only
 non-negative powers of lam < 1 are formed, so nothing overflows however steep the slope or long the text.
 """
+
+import argparse
+import math
+import timeit
 
 import torch
 
@@ -177,7 +182,7 @@ def lightning_step(q, k, v, slope, state):
         raise ValueError(f"the state must be {acc} of shape {expected}, found {state.dtype} {tuple(state.shape)}")
     kv = k.to(acc)[..., :, None] * v.to(acc)[..., None, :]
     state += kv.addcmul_(_forget(slope, 1, acc), state, value=-1)
-    return (q.to(acc)[..., None, :] @ state)[..., 0, :].to(q.dtype)
+    return (q.to(acc)[..., :, None] * state).sum(-2).to(q.dtype)
 
 
 # ============================================================================
@@ -244,3 +249,50 @@ def check_boundaries(cu_seqlens, shape):
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != L or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens must rise from 0 to L = {L}, found {bounds[:8]}")
     return bounds
+
+
+# ============================================================================
+# 7. See it run
+# ============================================================================
+
+
+@torch.no_grad()
+def main(argv=None):
+    """Print error and time of every form at growing lengths, then how long M1's heads remember."""
+    argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False).parse_args(argv)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small products: more threads would mostly wait for each other
+    H, K, lengths = 2, 64, (256, 1024, 4096)
+    slope, rng = decay_slopes(H, 0, 80), torch.Generator().manual_seed(0)
+    inputs = [torch.randn(3, 1, L, H, K, generator=rng).unbind() for L in lengths]
+    truths = [lightning_recurrent(*(x.double() for x in qkv), slope)[0] for qkv in inputs]
+
+    def step(q, k, v, slope):
+        tokens, state = zip(q.unbind(1), k.unbind(1), v.unbind(1)), q.new_zeros(1, H, K, K)
+        return torch.stack([lightning_step(*token, slope, state) for token in tokens], 1), state
+
+    print(f"{H} heads of width {K}, fp32, one CPU thread; errors against the definition in fp64\n")
+    print(f"{'':12}{'relative error':>30}{'microseconds per token':>29}")
+    print(f"{'L =':12}" + "".join(f"{L:10,}" for L in lengths) + "  " + "".join(f"{L:9,}" for L in lengths))
+    for name, form in {**FORMS, "step": step}.items():
+        errors = times = ""
+        for L, qkv, truth in zip(lengths, inputs, truths):
+            o, _ = form(*qkv, slope)
+            errors += f"{(o - truth).norm() / truth.norm():10.1e}"
+            times += f"{1e6 / L * timeit.timeit(lambda: form(*qkv, slope), number=1):9.1f}"
+        print(f"{name:12}{errors}  {times}")
+    torch.set_num_threads(n_threads)
+    print("\nquadratic: the longer the text the dearer a token, O(L^2) in all; elsewhere always the same, O(L).")
+
+    heads, layers = 64, 80  # M1 (released); every eighth layer is softmax attention
+    lightning = [l for l in range(layers) if (l + 1) % 8]
+    print(f"\nHalf-life of the memory in M1, {heads} heads, {layers} layers, in tokens\n")
+    print("layer   fastest head   slowest head")
+    for l in (lightning[0], lightning[len(lightning) // 2], lightning[-1]):
+        fast, slow = (math.log(2) / s for s in decay_slopes(heads, l, layers)[[0, -1]].tolist())
+        print(f"{l:5}   {fast:12.2g}   {slow:12,.0f}")
+    print(f"\nOf a token 1,000,000 back the slowest head keeps 2^-{1e6 / slow:.0f}: only softmax layers read that far.")
+
+
+if __name__ == "__main__":
+    main()

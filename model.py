@@ -16,6 +16,7 @@ Where a choice comes from: *report* = MiniMax-M1 report (arXiv:2506.13585), *01*
     5. The model             Block, Cache, MiniMaxM1
     6. Checkpoints           load_pretrained, save_pretrained, count_parameters
     7. Command lines         flag, check_flags, parse_flags, command_line: shared by the scripts
+    8. See it run            main: `python model.py --preset m1` (sizes, memory), `--trace` (one token's way through)
 
 Dimension key: B batch, L new tokens, D model width, H query heads, J key/value heads, K head width, S cache slots,
 E experts, F expert width, W vocabulary. Parameters keep the names of the published checkpoint.
@@ -225,9 +226,15 @@ def rope(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
-def linear(n_in, n_out):
-    """A matrix without bias, as everywhere in M1."""
-    return nn.Linear(n_in, n_out, bias=False)
+class Linear(nn.Module):
+    """A matrix (n_out, n_in) without bias, as everywhere in M1; MiniMaxM1.init_weights fills it."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
 
 
 @dataclass
@@ -260,17 +267,17 @@ class LightningAttention(nn.Module):
         self.heads, self.width = config.num_attention_heads, config.head_dim
         self.place = (self.heads, layer, config.num_hidden_layers)
         inner = self.heads * self.width
-        self.qkv_proj = linear(config.hidden_size, 3 * inner)  # rows of head h: its q, then its k, then its v
-        self.output_gate = linear(config.hidden_size, inner)
+        self.qkv_proj = Linear(config.hidden_size, 3 * inner)  # rows of head h: its q, then its k, then its v
+        self.output_gate = Linear(config.hidden_size, inner)
         self.norm = RMSNorm(inner, 1e-6)
-        self.out_proj = linear(inner, config.hidden_size)
+        self.out_proj = Linear(inner, config.hidden_size)
 
     def forward(self, u, at, state=None):
         """u (B, L, D), state (B, H, K, K) of the cache, updated in place. Returns (B, L, D)."""
         B, L, _ = u.shape
         slope = _slopes(*self.place, u.device)
-        qkv = F.silu(self.qkv_proj(u)).view(B, L, self.heads, 3, self.width)
-        q, k, v = qkv.unbind(3)
+        qkv = self.qkv_proj(u).view(B, L, self.heads, 3, self.width).permute(3, 0, 2, 1, 4)
+        q, k, v = (x.transpose(1, 2) for x in F.silu(qkv.contiguous()))  # one copy here saves one in every product
         if at.mask is not None:
             v = v * at.mask[..., None, None]  # a padded token writes nothing into the state
         if state is None:
@@ -298,10 +305,10 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.width = config.head_dim
-        self.q_proj = linear(config.hidden_size, config.num_attention_heads * config.head_dim)
-        self.k_proj = linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.v_proj = linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.o_proj = linear(config.num_attention_heads * config.head_dim, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, config.num_attention_heads * config.head_dim)
+        self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
 
     def forward(self, u, at, kv=None):
         """u (B, L, D), kv = the cache's keys and values (B, max_len, J, K), written in place. Returns (B, L, D)."""
@@ -342,16 +349,17 @@ class Routing(NamedTuple):
 class MoE(nn.Module):
     """Top-k mixture of SwiGLU experts: out = sum_e weight_e w2_e(silu(w1_e x) * w3_e x).
 
-    The router works in fp32: softmax over all E, top k, renormalised to sum 1. Two forms, chosen by `form`:
-    "loop" over the experts (the definition), "dense" = every expert on every token, masked by the weights (a third of
-    the time at `tiny`, where small operations cost more than arithmetic), "auto" = dense for small experts on a CPU.
+    The router works in fp32: softmax over all E, top k, renormalised to sum 1. Three forms, chosen by `form`:
+    "loop" over the experts (the definition), "grouped" = tokens sorted by expert, one product per expert, "dense" =
+    every expert on every token, masked by the weights (for a decode step of a small model on a CPU, where few large
+    operations beat many small ones). "auto" takes dense for up to 512 tokens of such a model, else grouped.
     """
 
     def __init__(self, config):
         super().__init__()
         D, E, F_ = config.hidden_size, config.num_local_experts, config.intermediate_size
         self.top_k, self.form = config.num_experts_per_tok, "auto"
-        self.gate = linear(D, E)
+        self.gate = Linear(D, E)
         self.w1 = nn.Parameter(torch.empty(E, F_, D))
         self.w3 = nn.Parameter(torch.empty(E, F_, D))
         self.w2 = nn.Parameter(torch.empty(E, F_, D))  # published as (D, F); this way experts stack into one matrix
@@ -359,13 +367,15 @@ class MoE(nn.Module):
     def forward(self, x, mask=None, with_routing=True):
         """x (B, L, D), mask (B, L) bool or None. Returns (B, L, D) and the Routing of the real tokens, or None."""
         flat = x.flatten(0, 1)  # (T, D)
-        probs = F.linear(widen(flat), widen(self.gate.weight)).softmax(-1)  # (T, E)
+        logits = widen(self.gate.weight) @ widen(flat).T  # (E, T): a CPU is slow at a softmax along a short last dim
+        probs = logits.softmax(0).T  # (T, E)
         weight, chosen = probs.topk(self.top_k, dim=-1)  # (T, k)
         weight = weight / weight.sum(-1, keepdim=True)
         form = self.form
         if form == "auto":
-            form = "dense" if x.device.type == "cpu" and self.w1.numel() <= 2**20 else "loop"
-        out = (self.dense if form == "dense" else self.loop)(flat, weight.to(x.dtype), chosen)
+            few = x.device.type == "cpu" and len(flat) <= 512 and self.w1.numel() <= 2**20
+            form = "dense" if few else "grouped"
+        out = getattr(self, form)(flat, weight.to(x.dtype), chosen)
         return out.view_as(x), self.routing(probs, chosen, mask) if with_routing else None
 
     def loop(self, x, weight, chosen):
@@ -376,6 +386,15 @@ class MoE(nn.Module):
             y = (F.silu(x[token] @ self.w1[e].T) * (x[token] @ self.w3[e].T)) @ self.w2[e]
             out = out.index_add(0, token, y * weight[token, slot, None])
         return out
+
+    def grouped(self, x, weight, chosen):
+        """Choices sorted by expert, so that each expert's tokens are one slice."""
+        order = chosen.flatten().argsort(stable=True)
+        token = order // self.top_k
+        slices = x.index_select(0, token).split(chosen.flatten().bincount(minlength=len(self.w1)).tolist())
+        experts = zip(slices, self.w1.unbind(), self.w3.unbind(), self.w2.unbind())
+        y = torch.cat([(F.silu(part @ w1.T) * (part @ w3.T)) @ w2 for part, w1, w3, w2 in experts])
+        return torch.zeros_like(x).index_add(0, token, y * weight.flatten().index_select(0, order)[:, None])
 
     def dense(self, x, weight, chosen):
         """All experts as one wide expert, whose hidden units are scaled by the weight of their expert."""
@@ -398,9 +417,9 @@ class SharedMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -429,18 +448,19 @@ class Block(nn.Module):
         self.block_sparse_moe = MoE(c)
         if c.shared_intermediate_size > 0:
             self.shared_mlp = SharedMLP(c)
-            self.coefficient = linear(c.hidden_size, 1)
+            self.coefficient = Linear(c.hidden_size, 1)
 
     def forward(self, x, at, cached=None):
         """x (B, L, D) -> (B, L, D) and the layer's Routing (None when generating)."""
         n1 = self.input_layernorm(x)
-        x = self.alpha_a * (n1 if self.postnorm else x) + self.beta_a * self.self_attn(n1, at, cached)
+        attention = self.self_attn(n1, at, cached)
+        x = torch.add(self.alpha_a * (n1 if self.postnorm else x), attention, alpha=self.beta_a)
         n2 = self.post_attention_layernorm(x)
         out, routing = self.block_sparse_moe(n2, at.mask, with_routing=cached is None)
         if hasattr(self, "shared_mlp"):
             c = torch.sigmoid(F.linear(widen(n2), widen(self.coefficient.weight))).to(out.dtype)  # (B, L, 1)
             out = out * (1 - c) + self.shared_mlp(n2) * c
-        return self.alpha_m * (n2 if self.postnorm else x) + self.beta_m * out, routing
+        return torch.add(self.alpha_m * (n2 if self.postnorm else x), out, alpha=self.beta_m), routing
 
 
 class Cache:
@@ -490,10 +510,12 @@ class MiniMaxM1(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False
+        )
         self.layers = nn.ModuleList(Block(config, l) for l in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.init_weights()
 
     @torch.no_grad()
@@ -502,6 +524,8 @@ class MiniMaxM1(nn.Module):
         by DeepNorm's gain (8 L)^(-1/4). Ours: M1's initialisation was not published.
         """
         gain = (8 * self.config.num_hidden_layers) ** -0.25
+        if self.device.type == "meta":
+            return  # nothing to draw, and asking would import half of PyTorch
         branch = (".v_proj", ".o_proj", ".out_proj", ".w1", ".w2", ".w3", ".shared_mlp")
         for name, p in self.named_parameters():
             if p.ndim > 1:
@@ -798,7 +822,7 @@ def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None):
         if trainer_state is not None:
             torch.save(trainer_state, draft / "trainer.pt")
         draft.rename(path)
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # how safetensors and torch.save report a full disk
         raise OSError(f"cannot write {path}: {error}") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -887,3 +911,141 @@ def command_line(main):
         raise SystemExit(code)
 
     return wrapped
+
+
+# ============================================================================
+# 8. See it run
+# ============================================================================
+
+# One token's way through a lightning (L) or a softmax (S) block: operation, what it reads (a parameter of the block or
+# the memory of the sequence), shape of the result (n: tokens so far, k: experts per token).
+PATH = (
+    ("LS", "n1 = norm(x)", "input_layernorm.weight", "D"),
+    ("L", "q, k, v = silu(Wqkv n1)", "self_attn.qkv_proj.weight", "H 3 K"),
+    ("L", "S = lam S + k v^T;  o = q S", "state", "H K"),
+    ("L", "g = sigmoid(Wgate n1)", "self_attn.output_gate.weight", "H K"),
+    ("L", "o = g * norm(o)", "self_attn.norm.weight", "H K"),
+    ("L", "y = alpha n1 + beta Wout o", "self_attn.out_proj.weight", "D"),
+    ("S", "q = rope(Wq n1)", "self_attn.q_proj.weight", "H K"),
+    ("S", "k = rope(Wk n1)", "self_attn.k_proj.weight", "J K"),
+    ("S", "v = Wv n1", "self_attn.v_proj.weight", "J K"),
+    ("S", "p = softmax(q keys / sqrt K)", "keys", "H n"),
+    ("S", "o = p values", "values", "H K"),
+    ("S", "y = alpha n1 + beta Wo o", "self_attn.o_proj.weight", "D"),
+    ("LS", "n2 = norm(y)", "post_attention_layernorm.weight", "D"),
+    ("LS", "w = top k of softmax(Wg n2)", "block_sparse_moe.gate.weight", "E"),
+    ("LS", "h = silu(w1 n2)", "block_sparse_moe.w1", "k F"),
+    ("LS", "h = h * (w3 n2)", "block_sparse_moe.w3", "k F"),
+    ("LS", "x = alpha n2 + beta w (w2 h)", "block_sparse_moe.w2", "D"),
+)
+
+
+def trace(model, context):
+    """One token, the last of `context`, on its way through the first block of each kind, and the sums over all blocks.
+
+    FLOPs: 2 per weight, 4 per number of a state, 2 per number of a key or value and query head that meets it. Returns
+    {title: [(operation or part, source, shape read, shape of the result, bytes read, FLOPs)]}.
+    """
+    c, cache, tables = model.config, model.new_cache(1, context), {}
+    H, J, k = c.num_attention_heads, c.num_key_value_heads, c.num_experts_per_tok
+    sizes = dict(D=c.hidden_size, H=H, J=J, K=c.head_dim, n=context, E=c.num_local_experts, k=k, F=c.intermediate_size)
+    memory = {"state": ("states", 4), **dict.fromkeys(("keys", "values"), ("keys and values", 2 * H // J))}
+    for kind, title in enumerate(("lightning block", "softmax block")):
+        l, tables[title] = c.attn_type_list.index(kind), []
+        read, cached = dict(model.layers[l].named_parameters()), cache.layers[l]
+        read |= dict(keys=cached[0][0], values=cached[1][0]) if kind else dict(state=cached[0])
+        for what, name, result in (row[1:] for row in PATH if "LS"[kind] in row[0]):
+            source, flops = memory.get(name, ("weights", 2))
+            t = read[name][:k] if name.startswith("block_sparse_moe.w") else read[name]  # the chosen experts only
+            result = [sizes.get(s) or int(s) for s in result.split()]
+            shapes = ("x".join(map(str, shape)) for shape in (t.shape, result))
+            tables[title].append((what, source, *shapes, t.nbytes, flops * t.numel()))
+    steps = [step for kind in c.attn_type_list for step in list(tables.values())[kind]]
+    steps += [("", "norm and head", "", "", t.nbytes, 2 * t.numel()) for t in (model.norm.weight, model.lm_head.weight)]
+    parts = {part: [s[4:] for s in steps if s[1] == part] for part in dict.fromkeys(s[1] for s in steps)}
+    parts["one token"] = [s[4:] for s in steps]
+    tables["all blocks"] = [(part, "", "", "", *map(sum, zip(*costs))) for part, costs in parts.items()]
+    return tables
+
+
+def rounded(n, base=1000):
+    """Three digits and a unit, of FLOPs in steps of 1000 or of bytes in steps of 1024."""
+    units = ("", "k", "M", "G", "T", "P") if base == 1000 else ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+    power = next(i for i in range(len(units)) if n < 999.5 * base**i)
+    return f"{n / base**power:.3g} {units[power]}"
+
+
+def show_trace(models, context):
+    """Print the traces of {name: model} side by side."""
+    print(f"One token at n = {context:,}; bf16, states fp32; * memory of the sequence, all else weights")
+    tables = [trace(model, context) for model in models.values()]
+    for title in tables[0]:
+        heads = (f"  {name + ' reads':>15} {'result':>10} {'bytes':>9} {'FLOPs':>6}" for name in models)
+        print(f"\n{title:30}" + "".join(heads))
+        for rows in zip(*(table[title] for table in tables)):
+            line = f"{rows[0][0]:30}"
+            for _, source, shape, result, n_bytes, flops in rows:
+                shape += "*" if source in ("states", "keys and values") else ""
+                line += f"  {shape:>15} {result:>10} {rounded(n_bytes, 1024):>9} {rounded(flops):>6}"
+            print(line)
+
+
+def describe(model, context):
+    """Print layers, parameters, memory and half-lives of a model (on the meta device as well)."""
+
+    def line(what, amount, note):
+        print(f"  {what:30}{amount:>18}   {note}")
+
+    c, n, types = model.config, count_parameters(model.config), model.config.attn_type_list
+    letters = "".join("LS"[kind] for kind in types)
+    print(f"layers: L lightning attention, S softmax attention, each followed by {c.num_local_experts} experts")
+    print("  " + " ".join(letters[i : i + 8] for i in range(0, len(types), 8)))
+
+    print("\nparameters")
+    n["attention, routers, norms"] = n["total"] - n["experts"] - n["embedding"] - n["head"]
+    for what, count in n.items():
+        line(what.replace("_", " "), f"{count:,}", f"{count / n['total']:6.1%}")
+
+    print(f"\nmemory of one sequence of {context:,} tokens (states fp32, keys and values bf16)")
+    cached = model.new_cache(1, context).layers
+    state = sum(x.nbytes for x in cached if not isinstance(x, tuple))
+    kv = sum(t.nbytes for x in cached if isinstance(x, tuple) for t in x)
+    n_softmax, L = sum(types), len(types)
+    line(f"states, {L - n_softmax} lightning layers", rounded(state, 1024), "at any length")
+    line(f"keys and values, {n_softmax} softmax", rounded(kv, 1024), f"{kv // context:,} B per token")
+    line(f"... if all {L} were softmax", rounded(kv * L // n_softmax, 1024), "at this length")
+    line("both alike at", f"{state * context // kv:,}", "tokens")
+
+    print("\nhalf-life of what a lightning layer remembers, in tokens\n  layer   fastest head   slowest head")
+    lightning = [l for l, kind in enumerate(types) if kind == 0]
+    for l in sorted({lightning[min(i * len(lightning) // 4, len(lightning) - 1)] for i in range(5)}):
+        half_life = math.log(2) / decay_slopes(c.num_attention_heads, l, L)
+        print(f"  {l:5}   {half_life.min():12.2g}   {half_life.max():12,.0f}")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What to show."""
+
+    preset: str = flag("tiny", "model: tiny, small, base or m1 (456 B)", "what", choices=(*PRESETS, "m1"))
+    trace: bool = flag(False, "follow one token through a block of each kind, beside m1", "what")
+    context: int = flag(2**20, "tokens in the sequence", "what", at_least=1, at_most=10**9)
+
+    def __post_init__(self):
+        check_flags(self)
+
+
+@command_line
+def main(argv=None):
+    """Print what a model consists of and remembers, or how one token goes through it. No weights are allocated."""
+    flags = parse_flags(Flags, argv, main.__doc__)
+    with torch.device("meta"):
+        models = {name: MiniMaxM1(M1Config.preset(name)).bfloat16() for name in dict.fromkeys((flags.preset, "m1"))}
+        if flags.trace:
+            show_trace(models, flags.context)
+        else:
+            describe(models[flags.preset], flags.context)
+
+
+if __name__ == "__main__":
+    main()

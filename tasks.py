@@ -11,9 +11,12 @@ To add a task, write one function (random, n_moves) -> Problem and name it in TA
     1. Problems            Problem, the three tasks, TASKS, draw
     2. Demonstrations      demonstration: what the cold start imitates
     3. Rewards             score
+    4. See it run          main: `python tasks.py`, a problem of each task and what responses to it earn
 """
 
+import argparse
 import hashlib
+import random
 from dataclasses import dataclass
 
 FORK, GUESS, THINK_END = "~", ".", "</think>"
@@ -131,7 +134,7 @@ FORMAT_REWARD = 0.1
 
 @dataclass(frozen=True)
 class Score:
-    """What a response earned: reward = correct + FORMAT_REWARD * well_formed (report sec. 4: correctness plus format)."""
+    """What a response earned: reward = correct + FORMAT_REWARD * well_formed (report sec. 4)."""
 
     reward: float
     correct: bool
@@ -149,3 +152,27 @@ def score(problem, text, ended=True):
     well_formed = ended and text.count(THINK_END) == 1 and thinking != "" and answer != ""
     correct = well_formed and problem.check(answer)
     return Score(correct + FORMAT_REWARD * well_formed, correct, well_formed, text.startswith(FORK))
+
+
+# ============================================================================
+# 4. See it run
+# ============================================================================
+
+
+def main(argv=None):
+    """Print one problem of each task and the rewards of a right, a wrong and a malformed response."""
+    argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False).parse_args(argv)
+    print(f"{'task':6}{'prompt':12}{'response':28}reward   correct   well-formed   forked")
+    for name in TASKS:
+        problem = draw(random.Random(0), 1, [name], 6)[0]
+        wrong = next(guess for guess in "123456789" if not problem.check(guess))
+        worked = FORK + problem.chain
+        for response in (worked + THINK_END + problem.answer, GUESS + THINK_END + wrong, worked + problem.answer):
+            s = score(problem, response)
+            marks = ("yes" if mark else "no" for mark in (s.correct, s.well_formed, s.forked))
+            print(f"{name:6}{problem.prompt:12}{response:28}{s.reward:6.1f}" + "{:>10}{:>14}{:>9}".format(*marks))
+    print(f"\n{FORK} starts a chain, {GUESS} a guess; without {THINK_END} a response has no answer and earns nothing.")
+
+
+if __name__ == "__main__":
+    main()

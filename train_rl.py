@@ -220,7 +220,7 @@ def evaluate(model, tokenizer, flags):
     """Score a model on held-out problems, the same for every seed.
 
     accuracy = pass@1: the mean over eval_samples responses at temperature 1 to each problem; pass_k: at least one of
-    them is right; greedy: the likeliest response is; fork_rate and length (tokens) are of the sampled responses.
+    them is right; greedy: the likeliest response is; eval_fork_rate and eval_length (tokens): of those responses.
     """
     problems, k = flags.held_out, flags.eval_samples
     correct, forked, length, greedy = [], [], [], []
@@ -235,8 +235,8 @@ def evaluate(model, tokenizer, flags):
         "accuracy": mean(correct),
         "pass_k": mean(any(correct[i : i + k]) for i in range(0, len(correct), k)),
         "greedy": mean(greedy),
-        "fork_rate": mean(forked),
-        "length": mean(length),
+        "eval_fork_rate": mean(forked),
+        "eval_length": mean(length),
     }
 
 
@@ -377,10 +377,8 @@ def update(model, optimizer, experience, flags, lr):
     batch, G = experience.batch, flags.group_size
     advantages = cispo.group_advantages(experience.rewards, G).to(model.device)
     groups = torch.arange(len(experience.rewards) // G)
-    pieces = [
-        slice(int(g[0]) * G, int(g[-1] + 1) * G)
-        for g in groups.tensor_split(min(flags.updates_per_rollout, len(groups)))
-    ]
+    parts = groups.tensor_split(min(flags.updates_per_rollout, len(groups)))
+    pieces = [slice(int(part[0]) * G, int(part[-1] + 1) * G) for part in parts]
     with torch.no_grad():
         old = [trained_logp(model, batch.rows(rows), flags.temperature, with_entropy=True)[0] for rows in pieces]
     logs = []
@@ -397,16 +395,9 @@ def update(model, optimizer, experience, flags, lr):
         )  # fmt: skip
         (loss + model.config.router_aux_loss_coef * aux.router_loss).backward()
         grad_norm = optimizer_step(model, optimizer, lr, flags.max_grad_norm)
-        busiest = float(aux.expert_load.max()) / model.config.num_experts_per_tok
-        logs.append(
-            {
-                **stats,
-                "loss": loss.item(),
-                "grad_norm": grad_norm,
-                "router_loss": aux.router_loss.item(),
-                "busiest_expert": busiest,
-            }
-        )
+        stats |= {"loss": loss.item(), "grad_norm": grad_norm, "router_loss": aux.router_loss.item()}
+        stats["busiest_expert"] = float(aux.expert_load.max()) / model.config.num_experts_per_tok
+        logs.append(stats)
     reduce = {"ratio_min": min, "ratio_max": max, "busiest_expert": max}
     train_logp, entropy = (torch.cat(x) for x in zip(*old))
     return {
@@ -425,7 +416,7 @@ def update(model, optimizer, experience, flags, lr):
 COLUMNS = [
     # on held-out problems, empty between evaluations: see evaluate
     "step", "accuracy", "pass_k", "greedy", "eval_fork_rate", "eval_length",
-    # means over this step's rollouts; groups = prompts with unequal rewards, kept out of sampled_groups; length in tokens
+    # means over this step's rollouts; length in tokens; groups = prompts with unequal rewards, of sampled_groups
     "reward", "correct", "well_formed", "fork_rate", "length", "groups", "sampled_groups",
     # the updates; entropy in nats per token, grad_norm before clipping
     "updates", "loss", "grad_norm", "lr", "entropy",
@@ -621,7 +612,7 @@ def step_line(row, flags):
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a wish: the current step is finished and saved first. The next one kills."""
+    """Turns the first Ctrl-C or SIGTERM into a wish: the current step is finished and saved first. The next kills."""
 
     def __enter__(self):
         self.made, self.handlers = False, {}
@@ -640,6 +631,11 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+def choose_device(flags):
+    """--device, where auto means the CPU for `tiny`: a GPU waits for its small operations (101 s a run on an H100)."""
+    return "cpu" if flags.device == "auto" and flags.preset == "tiny" else pick_device(flags.device)
+
+
 def rl_step(model, tokenizer, optimizer, flags, step):
     """One step: experience, updates, now and then an evaluation. Step 0 is only evaluated. Returns its log row."""
     clock, row = time.perf_counter(), {"step": step}
@@ -651,10 +647,7 @@ def rl_step(model, tokenizer, optimizer, flags, step):
         if experience.batch is not None:
             row |= update(model, optimizer, experience, flags, row["lr"])
     if step % flags.eval_every == 0 or step == flags.steps:
-        scores = evaluate(model, tokenizer, flags)
-        row |= {
-            f"eval_{name}" if name in row or name in ("fork_rate", "length") else name: x for name, x in scores.items()
-        }
+        row |= evaluate(model, tokenizer, flags)
     row["seconds"] = time.perf_counter() - clock
     return {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in row.items()}
 
@@ -664,8 +657,7 @@ def train(flags):
     start = time.perf_counter()
     if not flags.init and not flags.preset:
         flags = dataclasses.replace(flags, preset="tiny")
-    tiny = flags.preset == "tiny" and flags.device == "auto"  # a GPU would wait for small operations: 101 s on an H100
-    device = "cpu" if tiny else pick_device(flags.device)
+    device = choose_device(flags)
     torch.manual_seed(flags.seed)
     going_on = flags.resume and (Path(flags.resume) / "latest").exists()
     if going_on or flags.init:
@@ -705,10 +697,8 @@ def train(flags):
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; go on with: python train_rl.py --resume {folder}") from None
     except (ValueError, OSError) as error:
-        last = (
-            f"last good checkpoint: {checkpoint_dir(folder)}" if (folder / "latest").exists() else "no checkpoint yet"
-        )
-        raise ValueError(f"stopped in step {max(step, 0)}: {error}; {last}") from error
+        last = checkpoint_dir(folder) if (folder / "latest").exists() else "none yet"
+        raise ValueError(f"stopped in step {max(step, 0)}: {error}; last good checkpoint: {last}") from error
     return finish(model, tokenizer, flags, folder, time.perf_counter() - start)
 
 
@@ -736,30 +726,6 @@ def finish(model, tokenizer, flags, folder, seconds):
     return summary
 
 
-@command_line
-def main(argv=None):
-    """Train, or score a finished run with --eval. Returns the summary."""
-    title = __doc__.splitlines()[0]
-    flags = parse_flags(Flags, argv, title)
-    earlier = stored_flags(flags.eval or flags.resume)
-    if flags.resume and not earlier:
-        raise ValueError(f"--resume {flags.resume}: no run.json there; give a run folder such as runs/tiny-cispo-001")
-    if earlier:  # the run's own settings, where argv says nothing else
-        flags = parse_flags(Flags, argv, title, earlier)
-    if flags.resume:
-        changed = sorted(name for name, x in earlier.items() if name not in CHANGEABLE and getattr(flags, name) != x)
-        if changed:
-            raise ValueError(
-                f"--resume keeps a run's settings, and {', '.join(changed)} would change; use --init instead"
-            )
-    if not flags.eval:
-        return train(flags)
-    model = load_pretrained(flags.eval, pick_device(flags.device), torch.float32)
-    scores = evaluate(model, Tokenizer.of(model.config), flags)
-    print(f"{checkpoint_dir(flags.eval)}: " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-    return scores
-
-
 CHANGEABLE = ("steps", "keep", "checkpoint_every", "device", "resume", "eval", "out")  # what --resume may change
 
 
@@ -773,6 +739,28 @@ def stored_flags(path):
                 raise ValueError(f"{file} does not hold this version's flags; give them on the command line and --init")
             return flags
     return {}
+
+
+@command_line
+def main(argv=None):
+    """Train, or score a finished run with --eval. Returns the summary."""
+    title = __doc__.splitlines()[0]
+    flags = parse_flags(Flags, argv, title)
+    earlier = stored_flags(flags.eval or flags.resume)
+    if flags.resume and not earlier:
+        raise ValueError(f"--resume {flags.resume}: no run.json there; give a run folder such as runs/tiny-cispo-001")
+    if earlier:  # the run's own settings, where argv says nothing else
+        flags = parse_flags(Flags, argv, title, earlier)
+    if flags.resume:
+        changed = sorted(name for name, x in earlier.items() if name not in CHANGEABLE and getattr(flags, name) != x)
+        if changed:
+            raise ValueError(f"--resume keeps a run's settings, {', '.join(changed)} would change; use --init instead")
+    if not flags.eval:
+        return train(flags)
+    model = load_pretrained(flags.eval, choose_device(flags), torch.float32)
+    scores = evaluate(model, Tokenizer.of(model.config), flags)
+    print(f"{checkpoint_dir(flags.eval)}: " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    return scores
 
 
 if __name__ == "__main__":
