@@ -148,8 +148,7 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
     tail = power[:, :C].flip(1)[..., None]  # (H, C, 1): lam^(C-r); its last m rows are lam^(m-j)
 
     o = []
-    for start in range(0, L, C):
-        qc, kc, vc = (x[:, :, start : start + C] for x in (q, k, v))
+    for qc, kc, vc in zip(*(x.split(C, dim=2) for x in (q, k, v))):
         m = qc.shape[2]
         oc = (qc @ kc.mT * inside[:, :m, :m]) @ vc
         kv = (kc * tail[:, C - m :]).mT @ vc
@@ -159,8 +158,6 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
             oc = oc + older[:, :m] * (qc @ state)
             state = state + (kv - _forget(slope, m, acc) * state)
         o.append(oc)
-    if not o:  # no token at all
-        o, state = [torch.zeros_like(v)], q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3]) if state is None else state
     return (o[0] if len(o) == 1 else torch.cat(o, 2)).transpose(1, 2).to(dtype), state
 
 

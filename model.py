@@ -30,6 +30,7 @@ import math
 import os
 import shutil
 import sys
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -124,7 +125,10 @@ class M1Config:
     def _check_values(self):
         for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                     "head_dim", "intermediate_size", "num_local_experts", "num_experts_per_tok"):  # fmt: skip
-            _need(getattr(self, key) > 0, f"{key} must be positive, found {getattr(self, key)}")
+            _need(0 < getattr(self, key) <= 2**24, f"{key} must be 1 to 2^24, found {getattr(self, key)}")
+        for key in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            value = getattr(self, key)
+            _need(math.isfinite(value) and value > 0, f"{key} must be a positive number, found {value}")
         L, types = self.num_hidden_layers, self.attn_type_list
         _need(
             len(types) == L and all(kind in (0, 1) for kind in types),
@@ -373,7 +377,7 @@ class MoE(nn.Module):
         weight = weight / weight.sum(-1, keepdim=True)
         form = self.form
         if form == "auto":
-            few = x.device.type == "cpu" and len(flat) <= 512 and self.w1.numel() <= 2**20
+            few = x.device.type == "cpu" and len(flat) <= 512 and self.w1.numel() <= 2**17
             form = "dense" if few else "grouped"
         out = getattr(self, form)(flat, weight.to(x.dtype), chosen)
         return out.view_as(x), self.routing(probs, chosen, mask) if with_routing else None
@@ -706,7 +710,7 @@ def read_json(path):
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; a model or run folder has one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
@@ -720,6 +724,7 @@ def checkpoint_dir(path):
 def load_pretrained(path, device="cpu", dtype=None):
     """Load a published MiniMax-M1 directory, or a run of train_rl, shard by shard (peak memory: model plus one tensor).
 
+    Checkpoints of ours carry checksums, which are verified; published ones have none.
     dtype None keeps every tensor's stored dtype. A given dtype casts all but the router gates, which stay fp32 (fp64
     in an fp64 model). Raises ValueError if the directory, a shard, a name or a shape is not what the config promises.
     """
@@ -739,7 +744,9 @@ def load_pretrained(path, device="cpu", dtype=None):
             cast = torch.promote_types(dtype, torch.float32)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.empty(p.shape, dtype=cast, device=device)))
     views = published_tensors(model)
-    for file in sorted({file for file, _, _ in stored.values()}):
+    files = sorted({file for file, _, _ in stored.values()})
+    check_sums(path, [file.name for file in files])
+    for file in files:
         with safe_open(file, framework="pt") as shard:
             for name in shard.keys():
                 views[name].copy_(shard.get_tensor(name))
@@ -771,6 +778,25 @@ def _stored_tensors(path):
         if dtype is None:
             raise ValueError(f"{file}: {name} has a dtype that is not supported; allowed: {', '.join(DTYPES)}")
     return stored
+
+
+def crc32(file):
+    """CRC-32 of a file's bytes."""
+    value = 0
+    with open(file, "rb") as content:
+        while block := content.read(2**24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def check_sums(path, names):
+    """ValueError if a file of a checkpoint is not what save_pretrained wrote. Where there is no checksum, no check."""
+    index = path / "model.safetensors.index.json"
+    stored = read_json(index) if index.exists() else {}
+    sums = (stored.get("metadata") or {}).get("crc32", {})
+    for name in names:
+        if name in sums and crc32(path / name) != sums[name]:
+            raise ValueError(f"{path / name} is damaged: its bytes are not those that were saved; copy it again")
 
 
 def _check_names(path, expected, found):
@@ -816,11 +842,12 @@ def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None):
                       draft / file, metadata={"format": "pt"})  # fmt: skip
         total = sum(t.nbytes for shard in shards for t in shard.values())
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        model.config.to_json(draft / "config.json")
         if trainer_state is not None:
             torch.save(trainer_state, draft / "trainer.pt")
+        sums = {file.name: crc32(file) for file in sorted(draft.iterdir())}
+        index = {"metadata": {"total_size": total, "crc32": sums}, "weight_map": weight_map}
+        (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        model.config.to_json(draft / "config.json")
         draft.rename(path)
     except (SafetensorError, RuntimeError) as error:  # how safetensors and torch.save report a full disk
         raise OSError(f"cannot write {path}: {error}") from None
@@ -845,8 +872,11 @@ def check_flags(flags):
     """Hold every field of a flags dataclass against its bounds and choices; ValueError names flag, value and bound."""
     for f in dataclasses.fields(flags):
         value, meta = getattr(flags, f.name), f.metadata
-        if value is None:
+        if value is None and (f.default is None or meta.get("optional")):
             continue
+        kind = (int, float) if f.type is float else f.type
+        if not isinstance(value, kind) or isinstance(value, bool) != (f.type is bool):
+            raise ValueError(f"--{f.name.replace('_', '-')} must be of type {f.type.__name__}, found {value!r}")
         rules = []
         if "at_least" in meta:
             rules.append((value >= meta["at_least"], f"at least {meta['at_least']}"))

@@ -189,7 +189,10 @@ def sample_tokens(logits, temperature, top_p, generator):
     cdf = logp.exp().cumsum(-1, dtype=torch.float64)  # one random number a row, where torch.multinomial draws W of them
     u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device, generator=generator)
     token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=logp.shape[-1] - 1)
-    return token[:, 0], logp.gather(-1, token)[:, 0]
+    drawn = logp.gather(-1, token)[:, 0]
+    if not drawn.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged or its training diverged")
+    return token[:, 0], drawn
 
 
 def left_pad(sequences, pad_id, device):
@@ -411,11 +414,15 @@ class Chat:
                 f"{len(new)} more; /reset the chat earlier or start it with a larger --context"
             )
         request = dict(max_new_tokens=min(max_new_tokens, room), cache=self.cache, **self.tokenizer.ids(), **request)
-        rollout = generate(self.model, [new], **request)
-        answer = rollout.tokens[0].tolist()
-        unread = close if answer[-1] == close[0] else [answer[-1], *close]
-        with torch.no_grad():
-            self.model(torch.tensor([unread], device=self.model.device), cache=self.cache, last_only=True)
+        try:
+            rollout = generate(self.model, [new], **request)
+            answer = rollout.tokens[0].tolist()
+            unread = close if answer[-1] == close[0] else [answer[-1], *close]
+            with torch.no_grad():
+                self.model(torch.tensor([unread], device=self.model.device), cache=self.cache, last_only=True)
+        except BaseException:  # interrupted half-way, the cache is no conversation any more
+            self.reset()
+            raise
         self.tokens += [*new, *answer[:-1], *unread]
         full = rollout.ended == ["length"] and room < max_new_tokens
         return rollout._replace(ended=["context"]) if full else rollout
@@ -476,6 +483,7 @@ def stream(tokenizer, answer, *args, **request):
             print(said[-1], end="", flush=True)
 
     rollout = answer(*args, on_tokens=show, **request)
+    print(text.decode(b"", final=True), end="")
     print(f"   [{int(rollout.lengths[0])} tokens, ended by {rollout.ended[0]}]")
     return "".join(said)
 
@@ -502,7 +510,11 @@ def talk(tokenizer, answer, request, chat=None):
                 calls = []
                 continue
             results = [{"name": call["name"], "text": line} for call, line in zip(calls, lines)]
-            text = stream(tokenizer, answer, results or lines[0], "tool" if results else "user", **request)
+            try:
+                text = stream(tokenizer, answer, results or lines[0], "tool" if results else "user", **request)
+            except ValueError as error:  # too long, say: the conversation goes on
+                print(f"   [{error}]")
+                continue
             request, calls = {**request, "seed": request["seed"] + 1}, []
             if chat and chat.tools:
                 try:

@@ -830,7 +830,7 @@ def finished(folder):
     last = folder / (folder / "latest").read_text().strip()
     state = torch.load(last / "trainer.pt", weights_only=True)["optimizer"]
     moments = {(n, k): x.tolist() for n, moment in state["state"].items() for k, x in moment.items()}
-    return log, {f.name: f.read_bytes() for f in last.iterdir() if f.name != "trainer.pt"}, moments
+    return log, {f.name: f.read_bytes() for f in last.glob("*.safetensors")}, moments
 
 
 def test_a_run_killed_ten_times_ends_with_the_same_bits_as_an_undisturbed_one(run, tmp_path):
@@ -1256,11 +1256,10 @@ def test_without_a_prompt_a_terminal_starts_a_chat(chat_model, monkeypatch, caps
     sample.main(["--model", str(chat_model), "--prompt", "hello", "--n", "2", "--max-new-tokens", "5"])
     assert capsys.readouterr().out.count("tokens, ended by") == 2
 
-    type_in(monkeypatch, *["hello"] * 9)
-    with pytest.raises(SystemExit) as exit:
-        sample.main(["--model", str(chat_model), "--max-new-tokens", "50", "--context", "64"])
-    message = capsys.readouterr().err
-    assert exit.value.code == 2 and message.count("\n") == 1 and "the context of 64 tokens is full" in message
+    type_in(monkeypatch, *["hello"] * 4, "/reset", "hello")
+    sample.main(["--model", str(chat_model), "--max-new-tokens", "50", "--context", "64"])
+    out = capsys.readouterr().out
+    assert "the context of 64 tokens is full" in out and "tokens, ended by" in out.rsplit("is full", 1)[1]
 
 
 def test_results_of_tool_calls_are_typed_and_come_back_as_one_turn(chat_model, monkeypatch, tmp_path, capsys):
@@ -1819,10 +1818,41 @@ def test_resuming_refuses_other_settings_and_damaged_states(run, tmp_path, capsy
         with pytest.raises(SystemExit):
             train_rl.main(["--resume", str(folder), *argv.split()])
         assert message in capsys.readouterr().err
-    (folder / "step-000003/trainer.pt").write_bytes(b"half a file")
+    kept = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    for argv, message in {
+        "--steps 2": "already past --steps 2",
+        "--out x": "leave out",
+        "--eval x": "leave out",
+    }.items():
+        with pytest.raises(SystemExit):
+            train_rl.main(["--resume", str(folder), *argv.split()])
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        train_rl.main(["--resume", str(folder)])
-    assert "trainer.pt is damaged" in capsys.readouterr().err
+        train_rl.main(["--resume", str(folder / "step-000003")])
+    assert "no run.json" in capsys.readouterr().err
+    assert kept == {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    for name in ("trainer.pt", "model-00000-of-00001.safetensors"):  # one bit of the data, which no header betrays
+        file = folder / "step-000003" / name
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 16
+        file.write_bytes(content)
+        with pytest.raises(SystemExit):
+            train_rl.main(["--resume", str(folder), "--steps", "9"])
+        assert f"{name} is damaged" in capsys.readouterr().err
+        file.write_bytes(kept[file])
+    assert kept == {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    (folder / "latest").unlink()  # killed before it was written
+    train_rl.main(["--resume", str(folder)])
+    assert (folder / "latest").read_text() == "step-000003\n"
+    train_rl.main(["--eval", str(folder), "--eval-problems", "3"])
+    for content, message in (
+        ('{"flags": {"steps": [1]}}', "--steps must be of type int"),
+        ("[" * 10**5, "is not JSON"),
+    ):
+        (folder / "run.json").write_text(content)
+        with pytest.raises(SystemExit):
+            train_rl.main(["--resume", str(folder)])
+        assert message in capsys.readouterr().err
     (folder / "run.json").write_text("{}")
     with pytest.raises(SystemExit):
         train_rl.main(["--resume", str(folder)])

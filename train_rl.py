@@ -49,6 +49,7 @@ from model import (
     M1Config,
     MiniMaxM1,
     check_flags,
+    check_sums,
     checkpoint_dir,
     command_line,
     count_parameters,
@@ -80,6 +81,7 @@ class Flags:
     keep: int = flag(2, "newest checkpoints to keep, besides the one after the cold start", "run", at_least=1)
 
     preset: str = flag(None, "tiny, small or base; none = tiny, or the size of --init", "model", choices=tuple(PRESETS))
+    softmax_every: int = flag(8, "every n-th layer has softmax attention: 1 = all, 0 = none", "model", at_least=0)
     init: str = flag(None, "start RL from this run or model directory instead of a cold start", "model")
 
     task: str = flag("mod,walk,cups", "tasks to mix evenly, separated by commas", "problems")
@@ -451,37 +453,44 @@ def write_file(path, text):
     os.replace(draft, path)
 
 
-def save_checkpoint(model, optimizer, folder, step, keep):
+def save_checkpoint(model, optimizer, folder, step, keep, seconds):
     """Model (published layout) and optimizer as one new directory; `latest` then names it; older ones go.
 
     Nothing else needs saving: every random draw comes from a seed of its own (substream), never from what ran before.
     """
     name = f"step-{step:06d}"
-    save_pretrained(model, folder / name, trainer_state={"step": step, "optimizer": optimizer.state_dict()})
+    state = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}
+    save_pretrained(model, folder / name, trainer_state=state)
     write_file(folder / "latest", name + "\n")
     for old in sorted(folder.glob("step-*"))[1:-keep]:  # the first is the cold start's
         shutil.rmtree(old)
 
 
-def reopen(folder, optimizer, device):
-    """Make a run folder what it was at its newest checkpoint; returns that checkpoint's step.
+def reopen(folder, optimizer, device, last_step):
+    """Make a run folder what it was at its newest checkpoint; returns that checkpoint's step and the seconds run.
 
-    Loads the optimizer, cuts log.csv back and removes what was being written when the run stopped.
+    Loads the optimizer, then cuts log.csv back and removes what was being written when the run stopped. Changes nothing
+    when the checkpoint is damaged or beyond last_step.
     """
-    file = checkpoint_dir(folder) / "trainer.pt"
+    checkpoint = checkpoint_dir(folder)
+    check_sums(checkpoint, ["trainer.pt"])
     try:
-        state = torch.load(file, map_location=device, weights_only=True)
+        state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({error}); point {folder}/latest at an older checkpoint") from None
+        step, seconds = int(state["step"]), float(state["seconds"])
+    except (pickle.UnpicklingError, RuntimeError, LookupError, EOFError, ValueError, TypeError, AttributeError):
+        file = checkpoint / "trainer.pt"
+        raise ValueError(f"{file} is damaged; point {folder}/latest at an older checkpoint") from None
+    if step > last_step:
+        raise ValueError(f"{checkpoint} is already past --steps {last_step}; give --steps {step} or more")
     for leftover in folder.glob(".*.writing*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     for newer in sorted(folder.glob("step-*")):
-        if newer.name > f"step-{state['step']:06d}":
+        if newer.name > f"step-{step:06d}":
             shutil.rmtree(newer)
     lines = (folder / "log.csv").read_text().splitlines(keepends=True)
-    write_file(folder / "log.csv", "".join(lines[: state["step"] + 2]))  # the header and steps 0, 1, ...
-    return state["step"]
+    write_file(folder / "log.csv", "".join(lines[: step + 2]))  # the header and steps 0, 1, ...
+    return step, seconds
 
 
 def read_log(path):
@@ -516,7 +525,7 @@ def is_it_normal(log, bands):
     """One line: at how many evaluations each quantity lay inside its reference band. Inside = at 4 of 5 or more."""
     verdicts, normal = [], True
     for column, band in bands.items():
-        points = [(row[column], *band[row["step"]]) for row in log if column in row]
+        points = [(row[column], *band[row["step"]]) for row in log if column in row and row["step"] in band]
         inside = [low <= value <= high for value, low, high in points]
         normal &= mean(inside) >= 0.8
         verdicts.append(f"{column} {sum(inside)}/{len(inside)}")
@@ -557,7 +566,7 @@ def draw_curves(log, path, title, bands):
 def describe(flags, model):
     """What run.json holds: enough to repeat the run."""
     return {
-        "flags": dataclasses.asdict(flags),
+        "flags": dataclasses.asdict(dataclasses.replace(flags, out=None, resume=None, eval=None)),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -633,7 +642,10 @@ class StopRequest:
 
 def choose_device(flags):
     """--device, where auto means the CPU for `tiny`: a GPU waits for its small operations (101 s a run on an H100)."""
-    return "cpu" if flags.device == "auto" and flags.preset == "tiny" else pick_device(flags.device)
+    stored = flags.eval or flags.init
+    width = M1Config.from_json(checkpoint_dir(stored)).hidden_size if stored else PRESETS[flags.preset]["hidden_size"]
+    tiny = width <= PRESETS["tiny"]["hidden_size"]
+    return "cpu" if tiny and flags.device == "auto" else pick_device(flags.device)
 
 
 def rl_step(model, tokenizer, optimizer, flags, step):
@@ -659,17 +671,23 @@ def train(flags):
         flags = dataclasses.replace(flags, preset="tiny")
     device = choose_device(flags)
     torch.manual_seed(flags.seed)
-    going_on = flags.resume and (Path(flags.resume) / "latest").exists()
+    saved = sorted(Path(flags.resume).glob("step-*")) if flags.resume else []
+    if saved and not (Path(flags.resume) / "latest").exists():  # killed just before its first checkpoint was named
+        write_file(Path(flags.resume) / "latest", saved[-1].name + "\n")
+    going_on = bool(saved)
     if going_on or flags.init:
         model = load_pretrained(flags.resume if going_on else flags.init, device, torch.float32)
     else:
         byte = Tokenizer.byte()
-        model = MiniMaxM1(M1Config.preset(flags.preset, eos_token_id=byte.eos_id, pad_token_id=byte.pad_id)).to(device)
+        layers = range(PRESETS[flags.preset]["num_hidden_layers"])
+        kinds = [int(flags.softmax_every > 0 and (l + 1) % flags.softmax_every == 0) for l in layers]
+        ids = dict(eos_token_id=byte.eos_id, pad_token_id=byte.pad_id)
+        model = MiniMaxM1(M1Config.preset(flags.preset, attn_type_list=kinds, **ids)).to(device)
     tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model, 0.0)
     folder = Path(flags.resume) if flags.resume else new_folder(flags)
+    step, earlier = reopen(folder, optimizer, device, flags.steps) if going_on else (-1, 0.0)
     write_file(folder / "run.json", json.dumps(describe(flags, model), indent=2) + "\n")
     print_banner(flags, model, folder)
-    step = reopen(folder, optimizer, device) if going_on else -1
     try:
         if step < 0 and not flags.init:
             learnt = cold_start(model, tokenizer, flags)
@@ -691,7 +709,8 @@ def train(flags):
                 sys.stdout.flush()
                 bar.update(step > 0)
                 if step % flags.checkpoint_every == 0 or step == flags.steps or stop.made:
-                    save_checkpoint(model, optimizer, folder, step, flags.keep)
+                    seconds = earlier + time.perf_counter() - start
+                    save_checkpoint(model, optimizer, folder, step, flags.keep, seconds)
         if step < flags.steps:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -699,7 +718,7 @@ def train(flags):
     except (ValueError, OSError) as error:
         last = checkpoint_dir(folder) if (folder / "latest").exists() else "none yet"
         raise ValueError(f"stopped in step {max(step, 0)}: {error}; last good checkpoint: {last}") from error
-    return finish(model, tokenizer, flags, folder, time.perf_counter() - start)
+    return finish(model, tokenizer, flags, folder, earlier + time.perf_counter() - start)
 
 
 def finish(model, tokenizer, flags, folder, seconds):
@@ -726,12 +745,12 @@ def finish(model, tokenizer, flags, folder, seconds):
     return summary
 
 
-CHANGEABLE = ("steps", "keep", "checkpoint_every", "device", "resume", "eval", "out")  # what --resume may change
+CHANGEABLE = ("steps", "keep", "checkpoint_every", "device", "resume")  # what --resume may change
 
 
 def stored_flags(path):
     """The flags that a run folder, or the folder above a checkpoint, keeps in run.json; {} where there is none."""
-    for file in (Path(path or "", "run.json"), Path(path or "").parent / "run.json") if path else ():
+    for file in (Path(path, "run.json"), Path(path).parent / "run.json") if path else ():
         if file.is_file():
             stored = read_json(file)
             flags = stored.get("flags") if isinstance(stored, dict) else None
@@ -747,7 +766,9 @@ def main(argv=None):
     title = __doc__.splitlines()[0]
     flags = parse_flags(Flags, argv, title)
     earlier = stored_flags(flags.eval or flags.resume)
-    if flags.resume and not earlier:
+    if flags.resume and (flags.eval or flags.out):
+        raise ValueError("--resume goes on in its own folder: leave out --eval and --out")
+    if flags.resume and not (Path(flags.resume) / "run.json").is_file():
         raise ValueError(f"--resume {flags.resume}: no run.json there; give a run folder such as runs/tiny-cispo-001")
     if earlier:  # the run's own settings, where argv says nothing else
         flags = parse_flags(Flags, argv, title, earlier)
