@@ -978,7 +978,7 @@ def test_m1s_own_merges_give_its_own_ids(tmp_path):
         pytest.skip(
             "needs MiniMax-M1's merges.txt, here or where M1_MERGES says: covers ids and merging of the real table"
         )
-    (tmp_path / "merges.txt").symlink_to(file)
+    (tmp_path / "merges.txt").symlink_to(file.resolve())
     t = sample.Tokenizer.of(M1Config(), tmp_path)
     merges = [tuple(line.split(" ")) for line in file.read_text(encoding="utf-8").split("\n")[1:] if line]
     assert len(merges) == 199_744 and t.encoding.max_token_value == 200_034
