@@ -63,7 +63,7 @@ def _forget(slope, n_tokens, dtype):
     """1 - lam^n, shaped (H, 1, 1) to act on a state.
 
     States are updated as S + (new - forget * S), not as lam * S + new. The two are equal in exact arithmetic, but
-    fp32 holds lam = 1 - 5e-5 (M1's slowest head) only to 6e-8, an error that all tokens share and that grows to 6e-4
+    fp32 holds lam = 1 - 5e-5 (M1's slowest head) only to 1e-8, an error that all tokens share and that grows to 2e-4
     over that head's memory, whereas it holds 5e-5 to 3e-12.
     """
     return -torch.expm1(-slope.double() * n_tokens).to(dtype)[:, None, None]
