@@ -648,6 +648,14 @@ def choose_device(flags):
     return "cpu" if tiny and flags.device == "auto" else pick_device(flags.device)
 
 
+def new_model(flags):
+    """An untrained model of --preset and --softmax-every that speaks bytes."""
+    byte, layers = Tokenizer.byte(), range(PRESETS[flags.preset]["num_hidden_layers"])
+    kinds = [int(flags.softmax_every > 0 and (l + 1) % flags.softmax_every == 0) for l in layers]
+    ids = dict(eos_token_id=byte.eos_id, pad_token_id=byte.pad_id)
+    return MiniMaxM1(M1Config.preset(flags.preset, attn_type_list=kinds, **ids))
+
+
 def rl_step(model, tokenizer, optimizer, flags, step):
     """One step: experience, updates, now and then an evaluation. Step 0 is only evaluated. Returns its log row."""
     clock, row = time.perf_counter(), {"step": step}
@@ -675,14 +683,8 @@ def train(flags):
     if saved and not (Path(flags.resume) / "latest").exists():  # killed just before its first checkpoint was named
         write_file(Path(flags.resume) / "latest", saved[-1].name + "\n")
     going_on = bool(saved)
-    if going_on or flags.init:
-        model = load_pretrained(flags.resume if going_on else flags.init, device, torch.float32)
-    else:
-        byte = Tokenizer.byte()
-        layers = range(PRESETS[flags.preset]["num_hidden_layers"])
-        kinds = [int(flags.softmax_every > 0 and (l + 1) % flags.softmax_every == 0) for l in layers]
-        ids = dict(eos_token_id=byte.eos_id, pad_token_id=byte.pad_id)
-        model = MiniMaxM1(M1Config.preset(flags.preset, attn_type_list=kinds, **ids)).to(device)
+    stored = flags.resume if going_on else flags.init
+    model = load_pretrained(stored, device, torch.float32) if stored else new_model(flags).to(device)
     tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model, 0.0)
     folder = Path(flags.resume) if flags.resume else new_folder(flags)
     step, earlier = reopen(folder, optimizer, device, flags.steps) if going_on else (-1, 0.0)
