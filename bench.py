@@ -5,11 +5,13 @@
     python bench.py forms        every form of attention against length; a map of what M1's heads remember
     python bench.py cpu          training and generation beside transformers' MiniMax of the same shape (if installed)
     python bench.py main         Figure 4 in miniature: the main job for seeds 0, 1, 2 (3 to 9 minutes on two CPU cores)
+    python bench.py kernel       the lightning-attention kernel on a GPU: memory floor, fla, SDPA (--sweep: block sizes)
+    python bench.py decode-step  one token of many sequences on a GPU
 
 length, forms and cpu take about a minute each and want an idle machine. Files go to figures/ (--out changes that).
 --redraw makes the picture again from the CSV that is there. Numbers in README.md come from these files.
 
-    1. flops    2. length    3. forms    4. cpu    5. main    6. timing, files, pictures, command line
+    1. flops   2. length   3. forms   4. cpu   5. main   6. kernel   7. timing, files, pictures, command line
 """
 
 import collections
@@ -17,6 +19,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import itertools
 import math
 import shutil
 import statistics
@@ -28,9 +31,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import lightning_attn
 import train_rl
-from lightning_attn import decay_slopes, lightning_attention
+from lightning_attn import decay_slopes, lightning_attention, lightning_step
 from model import M1Config, MiniMaxM1, SoftmaxAttention, command_line, flag, parse_flags
 from sample import generate
 
@@ -389,7 +394,262 @@ def median_and_range(logs, x, y):
 
 
 # ============================================================================
-# 6. Timing, files, pictures, command line
+# 6. The kernel, on a GPU
+# ============================================================================
+
+SHAPES = [(1, 8192, 64, 128), (1, 32768, 64, 128), (8, 8192, 64, 128), (8, 2048, 16, 64), (1, 8192, 8, 128)]
+RIVALS = {
+    "recurrent": "lightning, definition",
+    "chunk": "lightning, PyTorch",
+    "triton": "lightning, this kernel",
+    "fla": "lightning, fla",
+    "flash": "softmax, SDPA flash",
+    "cudnn": "softmax, SDPA cuDNN",
+}
+JOBS = {"forward": 4, "both": 11}  # tensors read and written at least: q k v o; and q k v do, dq dk dv
+
+
+def kernel(flags):
+    """Forward and backward of attention on a GPU against the memory floor and other kernels: kernel.csv, kernel.png."""
+    if flags.sweep:
+        return sweep(flags)
+    rows = measured(flags, "kernel", time_kernels, needs_gpu)
+    print("triton {triton}, copy bandwidth {copy_tb_s:.2f} TB/s".format(**rows[0]))
+    shapes, lengths = ([row for row in rows if row["part"] == part] for part in ("shapes", "lengths"))
+    for job, title in (("forward", "forward"), ("both", "forward + backward")):
+        columns = {"B, L, H, D": "{shape}", f"{title}: floor, us": f"{{{job}_floor_us:,.0f}}"}
+        columns |= {f"{name}, us": f"{{{name}_{job}_us:,.0f}}" for name in RIVALS if name != "recurrent"}
+        print_table(shapes, columns | {"this kernel, x floor": f"{{triton_{job}_x:.2f}}"})
+    print(
+        "Relative error of o, last state, dq, dk, dv against fp64 (the worst head of three, slowest and fastest among them)"
+    )
+    print_table(shapes, {"B, L, H, D": "{shape}"} | {x: f"{{error_{x}:.1e}}" for x in ("o", "state", "dq", "dk", "dv")})
+
+    with picture(Path(flags.out) / "kernel.png", 1, 2, figsize=(11, 4.2)) as axes:
+        for axis, (job, title) in zip(axes, (("forward", "forward"), ("both", "forward + backward"))):
+            for name, label in RIVALS.items():
+                draw_curve(axis, lengths, "tokens", f"{name}_{job}_us", label)
+            axis.plot(
+                [r["tokens"] for r in lengths], [r[f"{job}_floor_us"] for r in lengths], "k--", label="memory floor"
+            )
+            xlabel = "tokens of one sequence, 64 heads of width 128, bf16"
+            axis.set(title=title, xlabel=xlabel, ylabel="microseconds per token", xscale="log", yscale="log")
+        axes[0].legend(fontsize=8)
+        axes[0].figure.suptitle(
+            "lightning attention close to the memory floor at every length ({gpu})".format(**rows[0])
+        )
+    best = {
+        job: min(row[f"fla_{job}_us"] / row[f"triton_{job}_us"] for row in shapes[:3] if f"fla_{job}_us" in row)
+        for job in JOBS
+        if "fla_forward_us" in shapes[0]
+    }
+    for job, ratio in best.items():
+        print(f"{job}: at least {ratio:.2f} times as fast as fla at the first three shapes")
+
+
+def sweep(flags):
+    """Forward times of the kernel's possible block sizes, x floor, best first: kernel-sweep.csv."""
+    needs_gpu()
+    bandwidth, rows = copy_bandwidth(), []
+    usual = [(64, 64, 4, n) for n in (2, 3, 4, 5)] + [(64, 32, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 2)]
+    for shape in (SHAPES[0], SHAPES[2], SHAPES[3]):
+        B, L, H, D = shape
+        q, k, v, o = torch.randn(4, B, L, H, D, device="cuda", dtype=torch.bfloat16)
+        slope, floor = decay_slopes(H, 0, 80, "cuda"), 8 * q.numel() / bandwidth
+        for flat, (C, BV, warps, stages) in itertools.product((True, False), usual):
+            choice = {"C": C, "BV": BV, "warps": warps, "stages": stages, "flat": flat}
+            run = functools.partial(lightning_attn._scan, q, k, v, o, slope, **choice)
+            with contextlib.suppress(lightning_attn.triton.runtime.errors.OutOfResources):
+                seconds = statistics.median(gpu_race({"x": [run]}, 10)["x"])
+                rows.append({"shape": "{}, {}, {}, {}".format(*shape), **choice, "x_floor": f"{seconds / floor:.3f}"})
+    rows.sort(key=lambda row: (row["shape"], float(row["x_floor"])))
+    write_csv(Path(flags.out) / "kernel-sweep.csv", [row | {"gpu": torch.cuda.get_device_name()} for row in rows])
+    print_table(rows, {name: f"{{{name}}}" for name in rows[0]})
+
+
+def needs_gpu():
+    """ValueError without a GPU."""
+    if not torch.cuda.is_available():
+        raise ValueError("this benchmark measures a GPU and there is none here; --redraw shows the committed numbers")
+
+
+def time_kernels(quick):
+    """Rows of kernel.csv: device time of a CUDA graph's replay, inputs rotated so that they do not stay in the cache."""
+    bandwidth = copy_bandwidth()
+    machine = {"gpu": torch.cuda.get_device_name(), "triton": lightning_attn.triton.__version__}
+    machine |= {"fla": fla_version(), "copy_tb_s": f"{bandwidth / 1e12:.3f}"}
+    shapes = SHAPES[3:] if quick else SHAPES
+    lengths = [2**i for i in ((8, 9) if quick else range(8, 18))]
+    rows = []
+    for part, shape in [("shapes", s) for s in shapes] + [("lengths", (1, n, 64, 128)) for n in lengths]:
+        B, L, H, D = shape
+        row = {"part": part, "shape": "{}, {}, {}, {}".format(*shape), "tokens": L}
+        scale = 1e6 / (1 if part == "shapes" else B * L)  # microseconds, or microseconds per token
+        for job, n_tensors in JOBS.items():
+            floor = n_tensors * B * L * H * D * 2 / bandwidth
+            row[f"{job}_floor_us"] = f"{floor * scale:.5g}"
+            for name, seconds in gpu_race(rivals(shape, job), 12).items():
+                row |= quartiles(f"{name}_{job}_us", [s * scale for s in seconds])
+                if name == "triton":
+                    row[f"triton_{job}_x"] = f"{statistics.median(seconds) / floor:.4g}"
+        rows.append(row | (errors(shape) if part == "shapes" else {}) | machine)
+        print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k.endswith(("_x", "shape"))), flush=True)
+    return [dict.fromkeys(name for row in rows for name in row) | row for row in rows]
+
+
+def rivals(shape, job):
+    """{name: functions of nothing}, one for each set of inputs; sets together are larger than the cache."""
+    B, L, H, D = shape
+    slope = decay_slopes(H, 0, 80, "cuda")
+    n_sets = max(1, min(4, 2**28 // (8 * B * L * H * D)))
+    sets = [[torch.randn(B, L, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(4)] for _ in range(n_sets)]
+
+    def sdpa(backend, q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(
+                1, 2
+            )
+
+    functions = {"triton": lambda q, k, v: lightning_attention(q, k, v, slope, impl="triton")[0]}
+    if L <= 32768:
+        functions["chunk"] = lambda q, k, v: lightning_attention(q, k, v, slope, impl="chunk")[0]
+    if L <= 512:
+        functions["recurrent"] = lambda q, k, v: lightning_attention(q, k, v, slope, impl="recurrent")[0]
+    if L <= 32768:
+        functions["flash"] = functools.partial(sdpa, SDPBackend.FLASH_ATTENTION)
+        functions["cudnn"] = functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION)
+    if fla_version():
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        functions["fla"] = lambda q, k, v: chunk_simple_gla(q, k, v, g_gamma=-slope, scale=1.0)[0]
+
+    def both(function, q, k, v, do):
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        return torch.autograd.grad(function(q, k, v), (q, k, v), do)
+
+    if job == "both":
+        return {name: [functools.partial(both, f, *x) for x in sets] for name, f in functions.items()}
+    return {name: [functools.partial(f, *x[:3]) for x in sets] for name, f in functions.items()}
+
+
+def fla_version():
+    """Version of flash-linear-attention, installed for the comparison only, or None."""
+    with contextlib.suppress(ImportError):
+        import fla
+
+        return fla.__version__
+
+
+def errors(shape):
+    """Worst relative error of a head (the first, fastest; one in the middle; the last, slowest) against fp64."""
+    B, L, H, D = 1, *shape[1:]
+    slope = decay_slopes(H, 0, 80, "cuda")
+    q, k, v, do = (torch.randn(B, L, H, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
+    o, last = lightning_attention(q, k, v, slope, impl="triton")
+    found = (o, last, *torch.autograd.grad(o, (q, k, v), do))
+    worst = dict.fromkeys(("o", "state", "dq", "dk", "dv"), 0.0)
+    for h in (0, H // 2, H - 1):
+        head = slice(h, h + 1)
+        exact = [x[:, :, head].detach().double().requires_grad_() for x in (q, k, v)]
+        o, last = lightning_attention(*exact, slope[head], impl="chunk")
+        right = (o, last, *torch.autograd.grad(o, exact, do[:, :, head].double()))
+        for name, x, y in zip(worst, found, right):
+            x = x[:, head] if name == "state" else x[:, :, head]
+            worst[name] = max(worst[name], ((x - y).norm() / y.norm()).item())
+    return {f"error_{name}": f"{error:.2e}" for name, error in worst.items()}
+
+
+DECODE_BATCHES = (1, 4, 16, 64, 256)
+
+
+def decode_step(flags):
+    """One token of B sequences, 64 heads of width 128, against the floor: decode-step.csv and decode-step.png."""
+    rows = measured(flags, "decode-step", time_steps, needs_gpu)
+    print("triton {triton}, copy bandwidth {copy_tb_s:.2f} TB/s".format(**rows[0]))
+    columns = {"batch": "{batch:.0f}", "floor, us": "{floor_us:,.1f}", "this kernel": "{triton_us:,.1f}"}
+    print_table(rows, columns | {"PyTorch": "{torch_us:,.1f}", "fla": "{fla_us:,.1f}", "x floor": "{triton_x:.2f}"})
+    with picture(Path(flags.out) / "decode-step.png", figsize=(6, 4)) as axis:
+        for name, label in (("triton", "this kernel"), ("torch", "PyTorch"), ("fla", "fla, fused recurrent")):
+            draw_curve(axis, rows, "batch", f"{name}_us", label)
+        axis.plot([r["batch"] for r in rows], [r["floor_us"] for r in rows], "k--", label="memory floor")
+        axis.set(title="one token costs one pass over the states", xlabel="sequences", ylabel="microseconds")
+        axis.set(xscale="log", yscale="log")
+        axis.legend()
+
+
+def time_steps(quick):
+    """Rows of decode-step.csv."""
+    bandwidth, H, D = copy_bandwidth(), 64, 128
+    machine = {"gpu": torch.cuda.get_device_name(), "triton": lightning_attn.triton.__version__}
+    machine |= {"fla": fla_version(), "copy_tb_s": f"{bandwidth / 1e12:.3f}"}
+    slope, rows = decay_slopes(H, 0, 80, "cuda"), []
+    for B in DECODE_BATCHES[:2] if quick else DECODE_BATCHES:
+        q, k, v = torch.randn(3, B, H, D, device="cuda", dtype=torch.bfloat16)
+        states = torch.zeros(max(1, 64 // B), B, H, D, D, device="cuda")  # together larger than the cache
+        runs = {
+            impl: [functools.partial(lightning_step, q, k, v, slope, s, impl) for s in states]
+            for impl in ("triton", "torch")
+        }
+        if fla_version():
+            from fla.ops.simple_gla import fused_recurrent_simple_gla
+
+            one = [x[:, None] for x in (q, k, v)]
+            step = functools.partial(
+                fused_recurrent_simple_gla, *one, g_gamma=-slope, scale=1.0, output_final_state=True
+            )
+            runs["fla"] = [functools.partial(step, initial_state=s) for s in states]
+        floor = 8 * B * H * D * D / bandwidth
+        row = {"batch": B, "floor_us": f"{floor * 1e6:.4g}"}
+        for name, seconds in gpu_race(runs, 20).items():
+            row |= quartiles(f"{name}_us", [s * 1e6 for s in seconds])
+        rows.append(row | {"triton_x": f"{float(row['triton_us']) / floor / 1e6:.4g}"} | machine)
+    return rows
+
+
+def copy_bandwidth():
+    """Bytes per second, read plus written, of a large copy in device memory."""
+    x = torch.randn(2**29, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / statistics.median(event_seconds(lambda: y.copy_(x)) for _ in range(10))
+
+
+def event_seconds(run):
+    """Seconds between two events on the GPU around run()."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def gpu_race(runs, rounds):
+    """Seconds of device time of one call: {name: [seconds] * rounds}. runs {name: functions that do the same work}.
+
+    Each name's calls are captured in a CUDA graph, short ones eight times over, so that no launch from Python or of the
+    graph itself is timed; the graphs take turns.
+    """
+    graphs, seconds, n_calls = {}, {}, {}
+    for name, calls in runs.items():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()  # compiles
+            torch.cuda.synchronize()
+            again = 8 if event_seconds(calls[0]) < 1e-3 else 1
+            graphs[name], seconds[name], n_calls[name] = torch.cuda.CUDAGraph(), [], again * len(calls)
+            with torch.cuda.graph(graphs[name], stream=stream):
+                for call in calls * again:
+                    call()
+        graphs[name].replay()
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            seconds[name].append(event_seconds(graph.replay) / n_calls[name])
+    return seconds
+
+
+# ============================================================================
+# 7. Timing, files, pictures, command line
 # ============================================================================
 
 
@@ -415,15 +675,17 @@ def quartiles(name, values):
     return {name: f"{median:.4g}", f"{name}_low": f"{low:.4g}", f"{name}_high": f"{high:.4g}"}
 
 
-def measured(flags, name, measure):
-    """Rows of NAME.csv: measured and written now, or with --redraw those that are there."""
+def measured(flags, name, measure, check=lambda: None):
+    """Rows of NAME.csv: measured and written now (after `check`), or with --redraw those that are there."""
     path = Path(flags.out) / f"{name}.csv"
     if not flags.redraw:
+        check()
         torch.manual_seed(0)
         machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
         write_csv(path, [row | machine for row in measure(flags.quick)])
     rows = read_csv(path)
-    print("medians, fp32, {threads:.0f} CPU threads, torch {torch}".format(**rows[0]))
+    where = "bf16, {gpu}" if "gpu" in rows[0] else "fp32, {threads:.0f} CPU threads"
+    print(f"medians, {where}, torch {{torch}}".format(**rows[0]))
     return rows
 
 
@@ -482,6 +744,7 @@ class Flags:
 
     out: str = flag("figures", "folder for CSV and PNG files", "files")
     redraw: bool = flag(False, "only draw the picture, from the CSV files that are there", "files")
+    sweep: bool = flag(False, "kernel: time its block sizes instead", "sizes")
     quick: bool = flag(False, "length, forms, cpu: tiny sizes, to see that they work; needs --out", "sizes")
 
     def __post_init__(self):
@@ -490,6 +753,7 @@ class Flags:
 
 
 BENCHES = {"flops": flops, "length": length, "forms": forms, "cpu": cpu, "main": main_job}
+BENCHES |= {"kernel": kernel, "decode-step": decode_step}
 
 
 @command_line

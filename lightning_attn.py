@@ -10,9 +10,13 @@ Sources: MiniMax-01 report sec. 2.2 (arXiv:2501.08313); "released" = the publish
     2. The definition            lightning_recurrent     one token at a time, O(L) but a Python loop
     3. The readable form         lightning_quadratic     one masked L x L product, as attention is usually drawn
     4. The fast form             lightning_chunk         both at once: products inside a chunk, a state between chunks
-    5. Generation                lightning_step          one token, state updated in place
-    6. The door                  lightning_attention     checks, packing, choice of form
-    7. See it run                main: `python lightning_attn.py`, error and time of every form, what M1 remembers
+    5. The kernel                lightning_kernel        the same as one Triton kernel for o, dq, dk and dv
+    6. Generation                lightning_step          one token, state updated in place
+    7. The door                  lightning_attention     checks, packing, choice of form
+    8. See it run                main: `python lightning_attn.py`, error and time of every form, what M1 remembers
+
+The kernel without a GPU: TRITON_INTERPRET=1 python lightning_attn.py runs it line by line in Python (slow; pdb works).
+Triton looks for that variable when kernels are defined, so it must be set before this file is imported.
 
 Dimension key: B batch, L tokens, H heads, K key width, V value width, C chunk, N packed sequences.
 Numerics: states and sums are fp32 (fp64 for fp64 inputs). Decay tables are made in float64 and cast. Only
@@ -20,10 +24,23 @@ non-negative powers of lam < 1 are formed, so nothing overflows however steep th
 """
 
 import argparse
+import contextlib
+import functools
 import math
 import timeit
+import types
+from typing import Optional, Tuple
 
 import torch
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    _jit = triton.jit
+except ImportError:  # no Linux: the PyTorch forms serve
+    triton, tl, _jit = None, types.SimpleNamespace(constexpr=None), lambda function: function
 
 # ============================================================================
 # 1. Decay rates                                   (released; ALiBi's geometric series)
@@ -162,31 +179,423 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 
 
 # ============================================================================
-# 5. Generation
+# 5. The kernel                                            (Triton; MiniMax-01 sec. 2.2.2, ours)
+# ============================================================================
+#
+# One function gives the output and all three gradients:
+#
+#     scan(a, b, c)_t = sum_{j<=t} lam^(t-j) (a_t . b_j) c_j          and, reversed in time, sum_{j>=t} lam^(j-t) ...
+#
+#     o = scan(q, k, v)      dq = scan(do, v, k)      dk = reversed scan(v, do, q)      dv = reversed scan(k, q, do)
+#
+# so there is one kernel and it runs four times; backward needs nothing but the inputs. Grid: a program owns one head of
+# one sequence and BV of the V columns of c, and walks along the tokens chunk by chunk. Its state S^T (BV, K) fp32 stays
+# in registers; tiles of a, b and c come in ahead of their use (copy engine, STAGES deep), o goes out, nothing else moves.
+# With u = 0..C-1 counting tokens in the direction of the walk, and e = 1 (forward) or 0 (reversed):
+#
+#     inside   P^T    = (b a^T) * M          M_ju = lam^(u-j) for j <= u, else 0
+#     older    o^T    = (S^T a^T) lam^(u+e)
+#     both     o^T   += c^T P^T
+#     state    S^T    = lam^C S^T + (c lam^(C-1-u+e'))^T b            e' = 1 - e
+#
+# e is the only trace of the direction: o_t sees its own token undecayed and the state one step older; in reverse the
+# step lies on the other side. Everything is transposed so that S^T and c^T lam^.. go from the registers where they were
+# made into the next product: written the usual way round, both pass through shared memory once more a chunk.
+#
+# Bytes per token and head (bf16): 2 (2K + 2V), each input once from memory, each output once. a and b are read by V / BV
+# programs at the same time; the L2 cache serves all but the first. FLOPs: 2 C (K + V) + 4 K V, K-products V / BV times.
+
+
+@_jit
+def _scan_kernel(
+    a, b, c, o, o_ptr, slope, first, last, local, cu_seqlens, L, H, step_a, step_b, step_c, segment, n_segments,
+    state_k, state_v, REVERSE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    FLAT: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """o = scan(a, b, c) of one head, BV columns of c and one segment. a, b (B, L, H, K), c, o (B, L, H, V) descriptors."""
+    pid, n_v = tl.program_id(0), tl.cdiv(V, BV)
+    v0, h, g, n = pid % n_v * BV, pid // n_v % H, pid // (n_v * H) % n_segments, pid // (n_v * H * n_segments)
+    row, start, n_tokens = n, 0, L  # row of the batch, first token in it
+    if cu_seqlens is not None:
+        row, start = 0, tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int32), 0), L)
+        n_tokens = tl.minimum(tl.load(cu_seqlens + n + 1).to(tl.int32), L) - start
+    begin = g * segment  # counted in the direction of the walk
+    m_segment = tl.minimum(segment, n_tokens - begin)
+    if (g > 0) & (m_segment <= 0):
+        return
+    if not OUTPUT and g == n_segments - 1:
+        return  # nobody asks for the state behind the last segment
+
+    # Decay tables.
+    rate = tl.load(slope + h)
+    rate2 = rate * 1.4426950408889634  # exp(-rate n) = exp2(-rate2 n)
+    r = tl.arange(0, C)
+    u = tl.where(REVERSE, C - 1 - r, r)
+    gap = u[None, :] - u[:, None]
+    mask = tl.where(gap >= 0, tl.exp2(-rate2 * tl.maximum(gap, 0)), 0.0)  # (j, u)
+    read = tl.exp2(-rate2 * (u + 1 - REVERSE))[None, :]
+    write = tl.exp2(-rate2 * (C - 1 - u + REVERSE))[None, :]
+    if FLAT:  # a product of zeros lays the table out as the tensor cores hold c^T lam^..: no trip to shared memory
+        write += tl.dot(tl.zeros([BV, C], dtype=tl.bfloat16), tl.zeros([C, C], dtype=tl.bfloat16))
+    forget = _forget_kernel(rate, C)
+
+    # The state at the head of the segment: the first state, then what the segments before wrote.
+    vs, ks = v0 + tl.arange(0, BV)[:, None], tl.arange(0, BK)[None, :]
+    inside = (vs < V) & (ks < K)
+    S = tl.zeros([BV, BK], dtype=tl.float32)
+    if OUTPUT:
+        if first is not None:
+            first += (n * H + h).to(tl.int64) * K * V
+            S = tl.load(first + ks * state_k + vs * state_v, mask=inside, other=0.0)
+        if local is not None:
+            forget_segment = _forget_kernel(rate, segment)
+            for j in tl.range(0, g, loop_unroll_factor=2):
+                added = local + ((n * n_segments + j) * H + h).to(tl.int64) * K * V
+                S += tl.load(added + vs * K + ks, mask=inside, other=0.0) - forget_segment * S
+
+    # The first chunk takes what whole chunks leave over, m < C tokens; the other rows of its tile count as zeros.
+    m = m_segment % C
+    if m > 0:
+        t = start + tl.where(REVERSE, n_tokens - C - begin, begin)
+        real = u < m
+        bt = tl.where(real[:, None], _tile(b, row, t, h, 0, L, step_b, C, BK, FLAT), 0.0)
+        ct = tl.trans(tl.where(real[:, None], _tile(c, row, t, h, v0, L, step_c, C, BV, FLAT), 0.0))
+        if OUTPUT:
+            at = tl.trans(tl.where(real[:, None], _tile(a, row, t, h, 0, L, step_a, C, BK, FLAT), 0.0))
+            p = tl.dot(bt, at, input_precision=PRECISION) * mask
+            y = tl.dot(S.to(at.dtype), at, input_precision=PRECISION) * read
+            y = tl.dot(ct, p.to(ct.dtype), y, input_precision=PRECISION)
+            at_o = (row * L + t + r).to(tl.int64)[None, :] * (H * V) + h * V + vs
+            tl.store(o_ptr + at_o, y.to(ct.dtype), mask=real[None, :] & (vs < V))
+        S -= _forget_kernel(rate, m) * S
+        few = tl.where(real, tl.exp2(-rate2 * tl.maximum(m - 1 - u + REVERSE, 0)), 0.0)[None, :]
+        S = tl.dot((ct * few).to(ct.dtype), bt, S, input_precision=PRECISION)
+
+    # Whole chunks.
+    for i in tl.range(0, m_segment // C, num_stages=STAGES):
+        x = begin + m + i * C
+        t = start + tl.where(REVERSE, n_tokens - C - x, x)
+        bt = _tile(b, row, t, h, 0, L, step_b, C, BK, FLAT)
+        ct = tl.trans(_tile(c, row, t, h, v0, L, step_c, C, BV, FLAT))
+        if OUTPUT:
+            at = tl.trans(_tile(a, row, t, h, 0, L, step_a, C, BK, FLAT))
+            p = tl.dot(bt, at, input_precision=PRECISION) * mask
+            y = tl.dot(S.to(at.dtype), at, input_precision=PRECISION) * read
+        S -= forget * S  # before the last product, so that fewer values wait in registers
+        S = tl.dot((ct * write).to(ct.dtype), bt, S, input_precision=PRECISION)
+        if OUTPUT:
+            y = tl.trans(tl.dot(ct, p.to(ct.dtype), y, input_precision=PRECISION).to(ct.dtype))
+            if FLAT:
+                o.store([row * L + t, h * V + v0], y)
+            else:
+                o.store([row, t, h, v0], y.reshape(1, C, 1, BV))
+
+    if not OUTPUT:
+        local += ((n * n_segments + g) * H + h).to(tl.int64) * K * V
+        tl.store(local + vs * K + ks, S, mask=inside)
+    elif last is not None:
+        if begin + segment >= n_tokens:
+            last += (n * H + h).to(tl.int64) * K * V
+            tl.store(last + ks * state_k + vs * state_v, S, mask=inside)
+
+
+@_jit
+def _tile(x, row, t, h, column, L, step, C: tl.constexpr, W: tl.constexpr, FLAT: tl.constexpr):
+    """(C, W) tile: tokens t .. t + C - 1 of one head, through the copy engine; zeros outside of the tensor."""
+    if FLAT:
+        return x.load([row * L + t, h * step + column])
+    else:
+        return x.load([row, t, h, column]).reshape(C, W)
+
+
+@_jit
+def _forget_kernel(rate, n_tokens):
+    """1 - lam^n, see _forget: a scalar, in fp64 because lam is so close to 1."""
+    return (1 - tl.exp(-rate.to(tl.float64) * n_tokens)).to(tl.float32)
+
+
+def _scan(a, b, c, o, slope, first=None, last=None, cu_seqlens=None, *, reverse=False, flip=False, **choice):
+    """Launch the kernel: fills o (B, L, H, V), contiguous, and `last`, if given, with the state behind the last token.
+
+    a, b (B, L, H, K), c (B, L, H, V); first, last (N, H, K, V) fp32, or (N, H, V, K) with `flip`. `choice` goes to
+    _plan.
+    """
+    B, L, H, K = a.shape
+    V = c.shape[-1]
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if o.numel() == 0:
+        if last is not None:
+            last.zero_() if first is None else last.copy_(first)
+        return
+
+    a, b, c = (x if _copy_engine_reads(x) else x.clone(memory_format=torch.contiguous_format) for x in (a, b, c))
+    C, BK, BV, n_segments, flat, stages, warps = _plan(N, a, b, c, **choice)
+    segment = triton.cdiv(triton.cdiv(L, n_segments), C) * C
+    n_segments = triton.cdiv(L, segment)
+    local = None
+    if n_segments > 1:
+        local = torch.empty((N, n_segments, H, V, K), dtype=torch.float32, device=a.device)
+
+    def tiles(x, width):
+        if flat:  # (B L, H V) as it lies in memory: the columns of head h begin at h * x.stride(2)
+            shape = [B * L, (H - 1) * x.stride(2) + x.shape[3]]
+            return TensorDescriptor(x, shape, [x.stride(1), 1], [C, width])
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, C, 1, width])
+
+    precision = "tf32x3" if a.dtype == torch.float32 else "tf32"  # for fp32 only: 1e-6 instead of 3e-4
+    grid = (N * n_segments * H * triton.cdiv(V, BV),)
+    for output in (True,) if local is None else (False, True):
+        with torch.cuda.device_of(a):
+            _scan_kernel[grid](
+                tiles(a, BK), tiles(b, BK), tiles(c, BV), tiles(o, BV), o, slope, first, last, local, cu_seqlens,
+                L, H, a.stride(2), b.stride(2), c.stride(2), segment, n_segments, 1 if flip else V, K if flip else 1,
+                reverse, K, V, BK, BV, C, flat, output, precision, stages, num_warps=warps,
+            )  # fmt: skip
+
+
+def _plan(N, a, b, c, *, alone=None, C=None, BV=None, n_segments=None, flat=None, stages=None, warps=None):
+    """Block sizes and the like for N sequences: fixed rules, from a sweep on an H200 (bench.py kernel --sweep).
+
+    C = 64 rows are what a matrix instruction takes. BV = 64: two programs to a head of width 128, so 64 heads fill 128
+    of 132 processors. Where that is all there is (one program to a processor), tiles are cut from a flat (B L, H V)
+    view, 4 deep: 1.26 x the memory floor, 1.32 with (B, L, H, V) tiles. Where two programs share a processor it is the
+    other way round, 3 deep: 1.10, and 1.34 with flat tiles, two of which do not fit.
+
+    Segments. Fewer programs than processors (batch 1 with 8 heads, say) would leave most of the GPU idle. Then the length
+    is cut: a first launch computes what each segment adds to the state, reading b and c once more (2 (K + V) bytes per
+    token and head on top of 2 (2K + 2V)); the second begins every segment at the sum of what came before.
+    """
+    B, L, H, K = a.shape
+    V = c.shape[-1]
+    processors, memory = _gpu(a.device)
+    BK, BV = triton.next_power_of_2(K), BV or min(64, triton.next_power_of_2(V))
+    if C is None:
+        C = 64
+        while a.dtype == torch.float32 and C * (2 * BK + BV) > 12 * 1024:  # 48 KB: tf32x3 keeps copies beside a tile
+            C //= 2
+    n_programs = N * H * triton.cdiv(V, BV)
+    if n_segments is None:
+        n_segments = max(1, min(processors // n_programs, L // (4 * C)))
+    if alone is None:
+        alone = n_programs * n_segments <= processors
+    if flat is None:
+        flat = alone and all(B == 1 or x.stride(0) == L * x.stride(1) for x in (a, b, c))
+    flat = flat and K == BK and V % BV == 0
+    stage = C * (2 * BK + BV) * a.element_size()
+    if stages is None:
+        stages = max(1, min(4, int(memory * (0.78 if alone else 0.54)) // stage))
+        if a.dtype == torch.float32:
+            stages = 1 if BK > 128 else min(stages, 2)
+    return C, BK, BV, n_segments, flat, stages, warps or (4 if BK <= 128 else 8)
+
+
+def _copy_engine_reads(x):
+    """Whether tiles of x can be loaded as they lie: 16-byte steps, positive strides, elements of a head together."""
+    steps = [n * x.element_size() for n in x.stride()[:-1]]
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n > 0 and n % 16 == 0 for n in steps)
+
+
+@functools.lru_cache(maxsize=None)
+def _gpu(device):
+    """Number of processors and bytes of shared memory a program may use."""
+    if device.type != "cuda":  # interpreted
+        return 4, 2**17
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+# Custom operators, so that torch.compile and autograd see two functions and look no further.
+
+
+@torch.library.custom_op("minimax_m1::lightning", mutates_args=())
+def _lightning_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor, state: Optional[torch.Tensor],
+    cu_seqlens: Optional[torch.Tensor],
+) -> Tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    n = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    last = torch.empty((n, q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32, device=q.device)
+    o = _empty_like(v)
+    _scan(q, k, v, o, slope, state, last, cu_seqlens)
+    return o, last
+
+
+@torch.library.custom_op("minimax_m1::lightning_backward", mutates_args=())
+def _lightning_backward_op(
+    do: torch.Tensor, dlast: Optional[torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    slope: torch.Tensor, state: Optional[torch.Tensor], cu_seqlens: Optional[torch.Tensor],
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
+    dstate = q.new_empty(0) if state is None else torch.empty_like(state)
+    _scan(do, v, k, dq, slope, state, None, cu_seqlens, flip=True)
+    with _beside(q.device):  # dk and dv at the same time: they share the reads of do and q in the L2 cache
+        _scan(v, do, q, dk, slope, dlast, None, cu_seqlens, reverse=True, flip=True, alone=False)
+    _scan(k, q, do, dv, slope, dlast, None if state is None else dstate, cu_seqlens, reverse=True, alone=False)
+    if q.is_cuda:
+        torch.cuda.current_stream(q.device).wait_stream(_side_stream(q.device))
+    return dq, dk, dv, dstate
+
+
+def _empty_like(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=None)
+def _side_stream(device):
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _beside(device):
+    """What is launched inside runs beside what is launched next."""
+    if device.type != "cuda":
+        yield
+        return
+    _side_stream(device).wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(_side_stream(device)):
+        yield
+
+
+@_lightning_op.register_fake
+def _(q, k, v, slope, state, cu_seqlens):
+    n = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    last = q.new_empty((n, q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    return _empty_like(v), last
+
+
+@_lightning_backward_op.register_fake
+def _(do, dlast, q, k, v, slope, state, cu_seqlens):
+    dstate = q.new_empty(0) if state is None else torch.empty_like(state)
+    return _empty_like(q), _empty_like(k), _empty_like(v), dstate
+
+
+def _save_inputs(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, do, dlast):
+    q, k, v, slope, state, cu_seqlens = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    dlast = None if dlast is None else dlast.contiguous()
+    dq, dk, dv, dstate = _lightning_backward_op(do, dlast, q, k, v, slope, state, cu_seqlens)
+    return dq, dk, dv, None, None if state is None else dstate, None
+
+
+_lightning_op.register_autograd(_backward, setup_context=_save_inputs)
+
+
+def lightning_kernel(q, k, v, slope, state=None, cu_seqlens=None):
+    """The same function as one GPU kernel, see above. Differentiable once; deterministic; any length.
+
+    Arguments and results as in lightning_attention; bf16, fp16 or fp32, head sizes that are multiples of 16 from 16 to
+    256. Strided views (of a fused qkv tensor, say) are read in place. States, sums and decays are fp32; factors of
+    matrix products have q's dtype (fp32: three tf32 products each), so in fp16 a state must stay below 65,504.
+    cu_seqlens is read on the GPU, without waiting for it; boundaries outside of [0, L] are clamped there.
+    """
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device)
+    state = None if state is None else state.contiguous()
+    return _lightning_op(q, k, v, slope.float().contiguous(), state, cu_seqlens)
+
+
+def why_no_kernel(q, v):
+    """One line on why the kernel cannot serve q and v, or "" if it can."""
+    if triton is None:
+        return "Triton is not installed (pip install triton, on Linux); the PyTorch forms work everywhere"
+    if not q.is_cuda and isinstance(_scan_kernel, triton.JITFunction):
+        return f"the tensors are on {q.device}; Triton needs a GPU, or TRITON_INTERPRET=1 set before the start"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it takes bf16, fp16 or fp32, found {q.dtype}"
+    if any(n % 16 or not 16 <= n <= 256 for n in (q.shape[-1], v.shape[-1])):
+        return f"head sizes must be multiples of 16 from 16 to 256, found K = {q.shape[-1]}, V = {v.shape[-1]}"
+    return ""
+
+
+def choose_impl(q, v):
+    """What impl="auto" runs for tensors like q and v, and why: ("triton" | "chunk", a line)."""
+    if not q.is_cuda:
+        return "chunk", "PyTorch, the fastest form on a CPU"
+    reason = why_no_kernel(q, v)
+    return ("chunk", f"PyTorch: {reason}") if reason else ("triton", "one kernel for outputs and gradients")
+
+
+def _use_kernel(impl, q, v):
+    """Whether the kernel runs; ValueError if it was asked for by name and cannot."""
+    if impl == "triton" and why_no_kernel(q, v):
+        raise ValueError(f'impl="triton": {why_no_kernel(q, v)}')
+    return impl == "triton" or (impl == "auto" and choose_impl(q, v)[0] == "triton")
+
+
+# ============================================================================
+# 6. Generation
 # ============================================================================
 
 
 @torch.no_grad()
-def lightning_step(q, k, v, slope, state):
+def lightning_step(q, k, v, slope, state, impl="auto"):
     """One token: updates `state` in place and returns its output. Not differentiable.
 
     q, k (B, H, K), v (B, H, V), slope (H,), state (B, H, K, V) fp32 (fp64 for fp64 inputs). Returns o (B, H, V) in
-    q's dtype. Reads and writes the state once: 8 K V bytes per head and sequence, whatever the position.
+    q's dtype. Reads and writes the state once: 8 K V bytes per head and sequence, whatever the position. On a GPU this
+    is one launch, which a CUDA graph can hold. impl: "torch", "triton", or "auto" = "triton" on a GPU where it can.
     """
     acc = _accumulator(q.dtype)
     expected = (*q.shape, v.shape[-1])
     if state.dtype != acc or state.shape != expected:
         raise ValueError(f"the state must be {acc} of shape {expected}, found {state.dtype} {tuple(state.shape)}")
+    if _use_kernel(impl, q, v) and state.is_contiguous():
+        return _step_op(q, k, v, slope, state)
     kv = k.to(acc)[..., :, None] * v.to(acc)[..., None, :]
     state += kv.addcmul_(_forget(slope, 1, acc), state, value=-1)
     return (q.to(acc)[..., :, None] * state).sum(-2).to(q.dtype)
 
 
+@_jit
+def _step_kernel(
+    q, k, v, o, slope, state, H, q_row, k_row, v_row, q_head, k_head, v_head, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """One token of one head, BV columns: the tile of the state is read, used and written; nothing else is large."""
+    n_v = tl.cdiv(V, BV)
+    pid, v0 = tl.program_id(0) // n_v, tl.program_id(0) % n_v * BV
+    n, h = (pid // H).to(tl.int64), pid % H
+    ks, vs = tl.arange(0, BK), v0 + tl.arange(0, BV)
+    inside = (ks < K)[:, None] & (vs < V)[None, :]
+    tile = state + pid.to(tl.int64) * K * V + ks[:, None] * V + vs[None, :]
+    S = tl.load(tile, mask=inside, other=0.0)
+    q = tl.load(q + n * q_row + h * q_head + ks, mask=ks < K, other=0.0).to(tl.float32)
+    k = tl.load(k + n * k_row + h * k_head + ks, mask=ks < K, other=0.0).to(tl.float32)
+    v = tl.load(v + n * v_row + h * v_head + vs, mask=vs < V, other=0.0).to(tl.float32)
+    S += k[:, None] * v[None, :] - _forget_kernel(tl.load(slope + h), 1) * S
+    tl.store(tile, S, mask=inside)
+    tl.store(o + pid.to(tl.int64) * V + vs, tl.sum(q[:, None] * S, 0).to(o.dtype.element_ty), mask=vs < V)
+
+
+@torch.library.custom_op("minimax_m1::lightning_step", mutates_args={"state"})
+def _step_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor, state: torch.Tensor
+) -> torch.Tensor:
+    B, H, K = q.shape
+    V = v.shape[-1]
+    o = torch.empty((B, H, V), dtype=q.dtype, device=q.device)
+    BK, BV = triton.next_power_of_2(K), min(32, triton.next_power_of_2(V))
+    if o.numel():
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        strides = [x.stride(dim) for dim in (0, 1) for x in (q, k, v)]
+        _step_kernel[(B * H * triton.cdiv(V, BV),)](q, k, v, o, slope, state, H, *strides, K, V, BK, BV, num_warps=4)
+    return o
+
+
+@_step_op.register_fake
+def _(q, k, v, slope, state):
+    return _empty_like(v)
+
+
 # ============================================================================
-# 6. The door
+# 7. The door
 # ============================================================================
 
 FORMS = {"recurrent": lightning_recurrent, "quadratic": lightning_quadratic, "chunk": lightning_chunk}
+IMPLS = ("auto", *FORMS, "triton")
 
 
 def lightning_attention(q, k, v, slope, state=None, *, cu_seqlens=None, impl="auto"):
@@ -195,13 +604,20 @@ def lightning_attention(q, k, v, slope, state=None, *, cu_seqlens=None, impl="au
     q, k (B, L, H, K), v (B, L, H, V) of one floating dtype; slope (H,) > 0; state (B, H, K, V) fp32 (fp64 for fp64
     inputs) or None for zeros. cu_seqlens (N + 1,) int packs N sequences along L: it holds their boundaries from 0 to
     L, B is 1, and states are (N, H, K, V).
-    impl: "recurrent" (the definition), "quadratic" (for reading), "chunk", or "auto" = "chunk".
+    impl: "recurrent" (the definition), "quadratic" (for reading), "chunk" (PyTorch), "triton" (the kernel), or "auto" =
+    the kernel where it can serve a GPU (why_no_kernel), else "chunk".
     Returns o (B, L, H, V) in q's dtype and the last state. Differentiable in q, k, v and state.
     Raises ValueError for shapes, dtypes or boundaries that do not fit together.
     """
-    if impl != "auto" and impl not in FORMS:
-        raise ValueError(f"unknown impl {impl!r}; choose from auto, {', '.join(FORMS)}")
+    if impl not in IMPLS:
+        raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(IMPLS)}")
     _check_inputs(q, k, v, slope)
+    if _use_kernel(impl, q, v):
+        n = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        if cu_seqlens is not None and not cu_seqlens.is_cuda:  # on the GPU they are not looked at: that would wait
+            check_boundaries(cu_seqlens, q.shape[:2])
+        _check_state(state, q, v, n)
+        return lightning_kernel(q, k, v, slope, state, cu_seqlens)
     form = FORMS["chunk" if impl == "auto" else impl]
     if cu_seqlens is None:
         _check_state(state, q, v, q.shape[0])
@@ -249,7 +665,7 @@ def check_boundaries(cu_seqlens, shape):
 
 
 # ============================================================================
-# 7. See it run
+# 8. See it run
 # ============================================================================
 
 
@@ -268,10 +684,13 @@ def main(argv=None):
         tokens, state = zip(q.unbind(1), k.unbind(1), v.unbind(1)), q.new_zeros(1, H, K, K)
         return torch.stack([lightning_step(*token, slope, state) for token in tokens], 1), state
 
+    forms = {**FORMS, "step": step}
+    if not why_no_kernel(*inputs[0][:2]):  # interpreted
+        forms["triton"] = lightning_kernel
     print(f"{H} heads of width {K}, fp32, one CPU thread; errors against the definition in fp64\n")
     print(f"{'':12}{'relative error':>30}{'microseconds per token':>29}")
     print(f"{'L =':12}" + "".join(f"{L:10,}" for L in lengths) + "  " + "".join(f"{L:9,}" for L in lengths))
-    for name, form in {**FORMS, "step": step}.items():
+    for name, form in forms.items():
         errors = times = ""
         for L, qkv, truth in zip(lengths, inputs, truths):
             o, _ = form(*qkv, slope)

@@ -280,8 +280,11 @@ class LightningAttention(nn.Module):
         """u (B, L, D), state (B, H, K, K) of the cache, updated in place. Returns (B, L, D)."""
         B, L, _ = u.shape
         slope = _slopes(*self.place, u.device)
-        qkv = self.qkv_proj(u).view(B, L, self.heads, 3, self.width).permute(3, 0, 2, 1, 4)
-        q, k, v = (x.transpose(1, 2) for x in F.silu(qkv.contiguous()))  # one copy here saves one in every product
+        qkv = self.qkv_proj(u).view(B, L, self.heads, 3, self.width)
+        if u.is_cuda:  # the kernel reads views
+            q, k, v = F.silu(qkv).unbind(3)
+        else:  # one copy here saves one in every product
+            q, k, v = (x.transpose(1, 2) for x in F.silu(qkv.permute(3, 0, 2, 1, 4).contiguous()))
         if at.mask is not None:
             v = v * at.mask[..., None, None]  # a padded token writes nothing into the state
         if state is None:

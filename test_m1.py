@@ -1,8 +1,9 @@
 """Proof. Run with: python -m pytest -q test_m1.py        (about 90 s on two CPU cores)
 
-1. The released code's numbers      4. The objective
-2. Lightning attention              5. Tasks, sampling, training
-3. The model                        6. Scripts, bad input, documentation
+1. The released code's numbers      5. The objective
+2. Lightning attention              6. Tasks, sampling, training
+3. The kernel                       7. Tokenizer and chat
+4. The model                        8. Scripts, bad input, documentation
 """
 
 import ast
@@ -27,6 +28,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when kernels are defined: before lightning_attn is imported
 
 import bench
 import cispo
@@ -226,7 +230,222 @@ def test_half_precision_inputs_keep_an_fp32_state():
 
 
 # ============================================================================
-# 3. The model
+# 3. The kernel                                   (on a CPU: interpreted, fp32)
+# ============================================================================
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = (
+    [torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float16]
+)  # Triton 3.9 interprets bf16 products wrong
+NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: real bf16, CUDA graphs, tensors of 4 GB")
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 1e-3}
+
+
+def kernel_errors(shape, dtype=torch.float32, *, slope=None, bounds=None, first=True, fused=False, **choice):
+    """Worst relative error of a head in o, last state, dq, dk, dv and the first state's gradient, against fp64."""
+    B, L, H, K, V = shape
+    g = torch.Generator().manual_seed(L)
+    N = B if bounds is None else len(bounds) - 1
+    slope = (decay_slopes(H, 0, 8) if slope is None else slope).to(DEVICE)
+    qkv = torch.randn(B, L, H, 2 * K + V, generator=g).to(DEVICE, dtype)
+    leaves = list(qkv.split((K, K, V), -1)) if fused else [x.contiguous() for x in qkv.split((K, K, V), -1)]
+    do = torch.randn(B, L, H, V, generator=g).to(DEVICE, dtype)
+    states = torch.randn(2, N, H, K, V, generator=g).to(DEVICE)
+    packing = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+
+    def run(impl, dtype):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in leaves] if impl != "triton" else [
+            x.detach().requires_grad_() for x in leaves]  # fmt: skip
+        acc = torch.promote_types(dtype, torch.float32)
+        state = states[0].to(acc).requires_grad_() if first else None
+        o, last = lightning_attention(*inputs, slope, state, cu_seqlens=packing, impl=impl)
+        out, d = ((o, last), (do.to(dtype), states[1].to(acc))) if first else ((o,), (do.to(dtype),))
+        return [o, last, *torch.autograd.grad(out, inputs + ([state] if first else []), d)]
+
+    plan = lightning_attn._plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lightning_attn, "_plan", lambda *a, **kw: plan(*a, **{**kw, **choice}))
+        found = run("triton", dtype)
+    right = run("recurrent" if L < 150 else "chunk", torch.float64)
+    worst = 0.0
+    for i, (x, r) in enumerate(zip(found, right)):
+        assert x.shape == r.shape and x.dtype == (dtype if i in (0, 2, 3, 4) else torch.float32)
+        heads = -3 if x.shape == states[0].shape and i in (1, 5) else -2
+        for x_h, r_h in zip(x.double().unbind(heads), r.unbind(heads)):
+            worst = max(worst, ((x_h - r_h).norm() / r_h.norm().clamp(min=1e-30)).item())
+    return worst
+
+
+@pytest.mark.parametrize("K, V", [(16, 16), (32, 64), (48, 80), (128, 32)])
+@pytest.mark.parametrize("L", [1, 63, 64, 65, 150])
+def test_the_kernel_has_the_outputs_states_and_gradients_of_the_definition(L, K, V):
+    assert kernel_errors((2, L, 3, K, V)) < 1e-5
+
+
+@pytest.mark.parametrize("slopes", SLOPES)
+def test_the_kernel_is_exact_for_steep_and_slow_heads(slopes):
+    assert kernel_errors((1, 200, 3, 16, 32), slope=SLOPES[slopes]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("flat", [True, False])
+def test_the_kernel_takes_half_precision_with_an_error_of_half_precision(dtype, flat):
+    assert kernel_errors((1, 150, 2, 64, 64), dtype, flat=flat) < BOUNDS[dtype]
+
+
+def test_without_a_first_state_the_kernel_starts_from_zero():
+    assert kernel_errors((2, 100, 2, 16, 16), first=False) < 1e-5
+
+
+@pytest.mark.parametrize("n_segments", [1, 2, 3])
+def test_the_kernel_packs_sequences_and_cuts_them_into_segments(n_segments):
+    bounds = [0, 70, 70, 71, 230, 300]  # one is empty, one a single token
+    assert kernel_errors((1, 300, 2, 32, 48), bounds=bounds, n_segments=n_segments) < 1e-5
+    assert kernel_errors((2, 330, 2, 16, 16), n_segments=n_segments) < 1e-5
+
+
+def test_few_sequences_are_cut_and_many_are_not():
+    def plan(B, L):
+        return lightning_attn._plan(B, *(torch.empty(B, L, 2, 16),) * 3)[3]  # n_segments
+
+    n_processors = lightning_attn._gpu(torch.device("cpu"))[0]
+    assert (plan(1, 256), plan(1, 255), plan(n_processors, 4096)) == (1, 1, 1)
+    assert plan(1, 4096) == n_processors // 2
+
+
+def test_the_kernel_reads_views_of_a_fused_tensor_where_they_lie():
+    q, k, v = torch.randn(2, 70, 3, 3 * 16).split(16, -1)
+    assert all(map(lightning_attn._copy_engine_reads, (q, k, v))) and not q.is_contiguous()
+    assert kernel_errors((2, 70, 3, 16, 16), fused=True) < 1e-5
+    assert kernel_errors((1, 70, 3, 16, 32), fused=True, flat=False) < 1e-5
+
+
+@pytest.mark.parametrize("view", ["transposed", "expanded", "unaligned"])
+def test_views_that_the_copy_engine_cannot_read_are_copied_first(view):
+    x = torch.randn(3, 1, 2 * 70 * 16 + 1, device=DEVICE)
+    if view == "transposed":
+        q, k, v = x[..., :-1].view(3, 1, 16, 70, 2).permute(0, 1, 3, 4, 2)
+    elif view == "expanded":
+        q, k, v = x[..., :16].view(3, 1, 1, 1, 16).expand(3, 1, 70, 2, 16)
+    else:
+        q, k, v = x[..., 1:].view(3, 1, 70, 2, 16)
+    slope = decay_slopes(2, 0, 8, DEVICE)
+    o, last = lightning_attention(q, k, v, slope, impl="triton")
+    right = lightning_attention(q, k, v, slope, impl="chunk")
+    assert relative_error(o, right[0]) < 1e-5 and relative_error(last, right[1]) < 1e-5
+
+
+def test_a_sequence_full_of_nan_does_not_touch_its_neighbours():
+    qkv, slope = torch.randn(3, 1, 100, 2, 16, device=DEVICE), decay_slopes(2, 0, 8, DEVICE)
+    qkv[:, :, 40:60] = torch.nan
+    o, last = lightning_attention(*qkv, slope, cu_seqlens=torch.tensor([0, 40, 60, 100]), impl="triton")
+    assert o[:, :40].isfinite().all() and o[:, 60:].isfinite().all() and last[[0, 2]].isfinite().all()
+    assert o[:, 40:60].isnan().all() and last[1].isnan().all()
+
+
+def test_two_runs_of_the_kernel_are_equal_to_the_last_bit():
+    def run():
+        qkv = torch.randn(3, 2, 150, 2, 32, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+        inputs = [x.requires_grad_() for x in qkv]
+        o, last = lightning_attention(*inputs, decay_slopes(2, 0, 8, DEVICE), impl="triton")
+        return o, last, *torch.autograd.grad(o.square().sum() + last.sum(), inputs)
+
+    assert all(map(torch.equal, run(), run()))
+
+
+def test_no_tokens_leave_the_state_as_it_was():
+    q, state = torch.randn(2, 0, 3, 16, device=DEVICE), torch.randn(2, 3, 16, 16, device=DEVICE)
+    slope = decay_slopes(3, 0, 8, DEVICE)
+    o, last = lightning_attention(q, q, q, slope, state, impl="triton")
+    assert o.shape == q.shape and torch.equal(last, state)
+    assert lightning_attention(q, q, q, slope, impl="triton")[1].eq(0).all()
+
+
+@pytest.mark.parametrize("K, V", [(16, 16), (48, 80), (128, 128)])
+def test_the_step_kernel_is_the_recurrence(K, V):
+    q, k, v, state = (x.to(DEVICE) for x in attention_inputs(5, K=K, V=V, dtype=torch.float32))
+    slope = decay_slopes(3, 0, 4, DEVICE)
+    o, last = lightning_recurrent(q, k, v, slope, state)
+    steps = [lightning_step(q[:, t], k[:, t], v[:, t], slope, state, impl="triton") for t in range(5)]
+    assert relative_error(torch.stack(steps, 1), o) < 1e-6 and relative_error(state, last) < 1e-6
+
+
+def test_torch_compile_takes_the_kernel_and_its_gradient_in_one_graph():
+    qkv, slope = torch.randn(3, 1, 70, 2, 16, device=DEVICE), decay_slopes(2, 0, 8, DEVICE)
+
+    def function(q, k, v):
+        return lightning_attention(F.silu(q), k, v, slope, impl="triton")[0].square().mean()
+
+    def gradients(function):
+        inputs = [x.clone().requires_grad_() for x in qkv]
+        return torch.autograd.grad(function(*inputs), inputs)
+
+    compiled = torch.compile(function, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    for x, r in zip(gradients(compiled), gradients(function)):
+        torch.testing.assert_close(x, r)
+
+
+def test_what_the_kernel_cannot_do_is_said_before_it_starts(monkeypatch):
+    slope, q = decay_slopes(2, 0, 8, DEVICE), torch.randn(1, 5, 2, 24, device=DEVICE)
+    with pytest.raises(ValueError, match="multiples of 16 from 16 to 256, found K = 24, V = 24"):
+        lightning_attention(q, q, q, slope, impl="triton")
+    q = torch.randn(1, 5, 2, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="bf16, fp16 or fp32, found torch.float64"):
+        lightning_attention(*[q.double()] * 3, slope, impl="triton")
+    with pytest.raises(ValueError, match="must rise from 0 to L = 5"):
+        lightning_attention(q, q, q, slope, cu_seqlens=torch.tensor([0, 6]), impl="triton")
+    monkeypatch.setattr(lightning_attn, "triton", None)
+    with pytest.raises(ValueError, match="pip install triton"):
+        lightning_attention(q, q, q, slope, impl="triton")
+    assert lightning_attention(q, q, q, slope)[0].shape == q.shape
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is there: see the tests above")
+def test_without_a_gpu_the_kernel_names_the_interpreter():
+    code = "import torch, lightning_attn as l; q = torch.zeros(1, 1, 1, 16); l.lightning_attention(q, q, q, torch.ones(1), impl='triton')"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=environment, capture_output=True, text=True)
+    assert "needs a GPU, or TRITON_INTERPRET=1" in run.stderr
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("K, V", [(64, 64), (128, 128), (256, 256), (16, 256), (256, 16), (96, 112)])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_the_kernel_is_exact_on_a_gpu_in_every_dtype_and_head_size(K, V, dtype):
+    for layer in (0, 7):
+        assert (
+            kernel_errors((1, 3000, 2, K, V), dtype, slope=decay_slopes(64, 79 * layer // 7, 80)[[0, 63]])
+            < BOUNDS[dtype]
+        )
+
+
+@NEEDS_GPU
+def test_a_cuda_graph_replays_the_step():
+    q, k, v = torch.randn(3, 4, 2, 64, device="cuda", dtype=torch.bfloat16)
+    slope, state = decay_slopes(2, 0, 8, "cuda"), torch.zeros(4, 2, 64, 64, device="cuda")
+    lightning_step(q, k, v, slope, state)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = lightning_step(q, k, v, slope, state)
+    state.zero_()
+    for _ in range(3):
+        graph.replay()
+    right = lightning_recurrent(*(x[:, None].expand(-1, 3, -1, -1) for x in (q, k, v)), slope)
+    assert relative_error(state, right[1]) < 1e-5 and relative_error(o, right[0][:, -1]) < 3e-3
+
+
+@NEEDS_GPU
+def test_offsets_beyond_two_to_the_31_are_right():
+    L, slope = 2**20 + 100, torch.ones(16, device="cuda")  # steep: the last tokens know nothing of the first
+    q, k, v = (torch.randn(1, L, 16, 144, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    assert q.numel() > 2**31
+    o = lightning_attention(q, k, v, slope, impl="triton")[0][:, -100:]
+    right = lightning_attention(*(x[:, -400:].double() for x in (q, k, v)), slope, impl="chunk")[0][:, -100:]
+    assert relative_error(o, right) < 3e-3
+
+
+# ============================================================================
+# 4. The model
 # ============================================================================
 
 
@@ -414,7 +633,7 @@ def test_the_reference_checkpoint_survives_a_round_trip(tmp_path):
 
 
 # ============================================================================
-# 4. The objective
+# 5. The objective
 # ============================================================================
 
 
@@ -540,7 +759,7 @@ def test_prob_correlation_is_pearsons_r_of_probabilities():
 
 
 # ============================================================================
-# 5. Tasks, sampling, training
+# 6. Tasks, sampling, training
 # ============================================================================
 
 
@@ -901,7 +1120,7 @@ def test_ctrl_c_saves_the_step_and_says_how_to_go_on(run, tmp_path):
 
 
 # ============================================================================
-# 6. Tokenizer and chat
+# 7. Tokenizer and chat
 # ============================================================================
 
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("Ġw", "o"), ("r", "l"), ("rl", "d"),
@@ -1335,7 +1554,7 @@ def test_a_byte_model_refuses_a_system_prompt(tmp_path, capsys):
 
 
 # ============================================================================
-# 7. Scripts, bad input, documentation
+# 8. Scripts, bad input, documentation
 # ============================================================================
 
 

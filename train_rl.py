@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 import cispo
 import tasks
+from lightning_attn import choose_impl
 from model import (
     PRESETS,
     M1Config,
@@ -597,7 +598,8 @@ def print_banner(flags, model, folder):
     print(
         f"model     {flags.preset or flags.init}: {n['total']:,} parameters, {n['active_with_head']:,} active per token"
     )
-    print("attention impl=chunk: PyTorch, the fastest form here that can be trained")
+    head = torch.empty(model.config.head_dim, device=model.device, dtype=model.dtype)
+    print("attention impl={}: {}".format(*choose_impl(head, head)))
     print(f"problems  {flags.task}, {flags.moves} moves; scored on {flags.eval_problems} held-out problems")
     print(f"loss      {flags.algo}: IS weight in {'[' if low else '('}{low:g}, {high:g}], {drops}")
     print(f"steps     {flags.steps}, each {step}")
