@@ -7,11 +7,15 @@
     python bench.py main         Figure 4 in miniature: the main job for seeds 0, 1, 2 (3 to 9 minutes on two CPU cores)
     python bench.py kernel       the lightning-attention kernel on a GPU: memory floor, fla, SDPA (--sweep: block sizes)
     python bench.py decode-step  one token of many sequences on a GPU
+    python bench.py forks        one response, token by token: what PPO's clip drops and CISPO keeps (2 minutes)
+    python bench.py algos        CISPO, DAPO, GRPO, REINFORCE at 16 updates per rollout (report, Figure 2)
+    python bench.py eps | precision | adam | balance    the same for a cap, the output head, AdamW's eps, the experts
 
 length, forms and cpu take about a minute each and want an idle machine. Files go to figures/ (--out changes that).
 --redraw makes the picture again from the CSV that is there. Numbers in README.md come from these files.
 
-    1. flops   2. length   3. forms   4. cpu   5. main   6. kernel   7. timing, files, pictures, command line
+    1. flops   2. length   3. forms   4. cpu   5. main   6. kernel   7. studies   8. forks
+    9. timing, files, pictures, command line
 """
 
 import collections
@@ -21,23 +25,30 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
+import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 import lightning_attn
+import tasks
 import train_rl
 from lightning_attn import decay_slopes, lightning_attention, lightning_step
-from model import M1Config, MiniMaxM1, SoftmaxAttention, command_line, flag, parse_flags
-from sample import generate
+from model import M1Config, MiniMaxM1, SoftmaxAttention, command_line, flag, load_pretrained, parse_flags
+from sample import Tokenizer, generate
 
 # ============================================================================
 # 1. FLOPs against generation length                  (report, Figure 1, right)
@@ -649,7 +660,261 @@ def gpu_race(runs, rounds):
 
 
 # ============================================================================
-# 7. Timing, files, pictures, command line
+# 7. Studies: many runs of train_rl.py
+# ============================================================================
+
+
+@dataclass(frozen=True)
+class Study:
+    """Settings to compare over seeds: one run of train_rl.py each, from a cold start that a seed's runs share."""
+
+    title: str
+    settings: dict  # name: {flag: value}
+    flags: dict  # of all runs
+    cold: dict = field(default_factory=dict)  # flags of the cold start
+    seeds: int = 5
+    curves: tuple = ("fork_rate", "accuracy", "entropy")
+    verdict: Callable = lambda logs: ""  # {setting: [log of every seed]} -> a sentence
+
+
+THRESHOLDS = {"fork_rate": 0.5, "accuracy": 0.7}
+KEPT = ["step", "accuracy", "eval_fork_rate", "correct", "fork_rate", "length", "entropy", "grad_norm", "ratio_max",
+        "ppo_would_drop_frac", "ess", "prob_corr", "logp_gap_mean", "busiest_expert", "groups"]  # fmt: skip
+
+
+def study(name, flags):
+    """Run a Study, or read its runs from NAME.csv (--redraw); table, sentence, NAME.csv and NAME.png."""
+    plan, path = STUDIES[name], Path(flags.out) / f"{name}.csv"
+    if not flags.redraw:
+        write_csv(path, run_study(plan, quick=flags.quick))
+    rows = read_csv(path)
+    logs = {
+        setting: [
+            [row for row in rows if row["setting"] == setting and row["seed"] == seed]
+            for seed in sorted({row["seed"] for row in rows})
+        ]
+        for setting in dict.fromkeys(row["setting"] for row in rows)
+    }
+    with picture(Path(flags.out) / f"{name}.png", 1, len(plan.curves), figsize=(11, 3.6)) as axes:
+        for axis, column in zip(axes, plan.curves):
+            for setting, runs in logs.items():
+                draw_curve(axis, median_and_range(runs, "step", column), "step", column, setting)
+            axis.set(xlabel="RL step", ylabel=column.replace("_", " "))
+        axes[0].legend(fontsize=8)
+        seeds = len(next(iter(logs.values())))
+        axes[0].figure.suptitle(f"{plan.title} (median and range of {seeds} seeds)")
+
+    table = []
+    for setting, runs in logs.items():
+        row = {"setting": setting}
+        for column, level in THRESHOLDS.items():
+            row[f"steps to {column} of {level:.0%}"] = interval([steps_to(run, column, level) for run in runs])
+        row["area under accuracy"] = interval([area(run, "accuracy") for run in runs])
+        row["final accuracy"] = interval([last(run, "accuracy") for run in runs])
+        row["final entropy"] = interval([last(run, "entropy") for run in runs])
+        table.append(row)
+    print(f"median over {seeds} seeds [95 % bootstrap interval]; a run that never gets there counts one step too long")
+    print_table(table, {title: f"{{{title}}}" for title in table[0]})
+    print(plan.verdict(logs))
+
+
+def run_study(plan, quick=False):
+    """Rows of a study's CSV: setting, seed and what log.csv says, for every step of every run.
+
+    Runs are processes of one thread each, as many at a time as there are cores.
+    """
+    seeds = range(1 if quick else plan.seeds)
+    tiny = {"sft_steps": 10, "steps": 2, "prompts": 16, "eval_problems": 6, "eval_samples": 1} if quick else {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def cold(seed):
+            return train_process(f"{folder}/cold-{seed}", plan.cold | tiny | {"steps": 0, "seed": seed})
+
+        def run(setting, seed):
+            out = f"{folder}/{setting}-{seed}"
+            start = {"init": f"{folder}/cold-{seed}"}
+            train_process(out, plan.flags | plan.settings[setting] | tiny | start | {"seed": seed})
+            log = train_rl.read_log(f"{out}/log.csv")
+            return [{"setting": setting, "seed": seed} | {c: row.get(c, "") for c in KEPT} for row in log]
+
+        bar = functools.partial(tqdm, disable=None, leave=False)
+        list(bar(pool.map(cold, seeds), total=len(seeds), desc="cold starts"))
+        jobs = [(setting, seed) for seed in seeds for setting in plan.settings]
+        runs = list(bar(pool.map(lambda job: run(*job), jobs), total=len(jobs), desc="runs"))
+    return [row for rows in runs for row in rows]
+
+
+def train_process(out, flags):
+    """One run of train_rl.py, a process of one CPU thread; RuntimeError with its last words if it fails."""
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    command = [sys.executable, str(Path(__file__).with_name("train_rl.py")), "--device=cpu", f"--out={out}", *arguments]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1:]}")
+
+
+def steps_to(run, column, level):
+    """The first step at which `column` reaches level, linear between measurements; one more than the last if never."""
+    points = [(row["step"], row[column]) for row in run if column in row]
+    before = points[0]
+    for step, value in points:
+        if value >= level:
+            step0, value0 = before
+            return step if value == value0 else step0 + (step - step0) * (level - value0) / (value - value0)
+        before = step, value
+    return points[-1][0] + 1
+
+
+def area(run, column):
+    """Mean height of the curve of `column` over the steps (trapezoids)."""
+    points = [(row["step"], row[column]) for row in run if column in row]
+    steps = points[-1][0] - points[0][0]
+    return sum((b - a) * (x + y) / 2 for (a, x), (b, y) in zip(points, points[1:])) / max(steps, 1)
+
+
+def last(run, column):
+    """The last value measured, nan if none was."""
+    return next((row[column] for row in reversed(run) if column in row), math.nan)
+
+
+def bootstrap(values, n=2000):
+    """Median and its 95 % bootstrap interval, percentile method: (median, low, high)."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(n))
+    return statistics.median(values), medians[int(0.025 * n)], medians[int(0.975 * n) - 1]
+
+
+def interval(values):
+    """bootstrap(values) as text."""
+    return "{:.3g} [{:.3g}, {:.3g}]".format(*bootstrap(values))
+
+
+def compare_algorithms(logs):
+    """How many steps CISPO takes, as a part of what the others take, seed by seed."""
+    told = []
+    for column, level in THRESHOLDS.items():
+        for other in ("dapo", "grpo"):
+            ratios = [
+                steps_to(a, column, level) / steps_to(b, column, level) for a, b in zip(logs["cispo"], logs[other])
+            ]
+            told.append(f"{interval(ratios)} of {other}'s steps to {column.replace('_', ' ')} {level}")
+    return f"CISPO takes {', '.join(told)}. The report says 0.5 of DAPO's (32 B parameters, AIME)."
+
+
+PRESSURE = {"updates_per_rollout": 16, "steps": 36, "eval_every": 3, "eval_problems": 150, "eval_samples": 4}
+RARE_FORK = {"fork_prior": 0.01}  # the regime of the report: the token that matters is rare
+STUDIES = {
+    "algos": Study(
+        "16 updates per rollout, a fork of 1 %: who learns to think first",
+        {algo: {"algo": algo} for algo in ("cispo", "dapo", "grpo", "reinforce")},
+        PRESSURE,
+        RARE_FORK,
+        verdict=compare_algorithms,
+    ),
+    "eps": Study(
+        "the cap on CISPO's weight",
+        {f"cap {1 + eps if eps is not None else 'none'}": {"eps_high": eps} for eps in (1, 4, 7, None)},
+        PRESSURE,
+        RARE_FORK,
+    ),
+    "precision": Study(
+        "output head in fp32 and in bf16, training against rollout",
+        {head: {"head": head} for head in ("fp32", "bf16")},
+        PRESSURE,
+        curves=("prob_corr", "logp_gap_mean", "accuracy"),
+    ),
+    "adam": Study(
+        "AdamW's eps",
+        {f"eps {eps:g}": {"adam_eps": eps} for eps in (1e-15, 1e-8)},
+        {"updates_per_rollout": 4, "steps": 36, "eval_every": 3, "eval_problems": 150, "eval_samples": 4},
+        curves=("grad_norm", "fork_rate", "accuracy"),
+    ),
+    "balance": Study(
+        "weight of the load-balancing loss",
+        {f"{coef:g}": {"router_coef": coef} for coef in (0, 0.001, 0.1)},
+        PRESSURE,
+        curves=("busiest_expert", "fork_rate", "accuracy"),
+    ),
+}
+
+
+# ============================================================================
+# 8. One response, token by token
+# ============================================================================
+
+
+def forks(flags):
+    """The ratio of every token of one real response after each of 16 updates: forks.csv and forks.png."""
+    path = Path(flags.out) / "forks.csv"
+    if not flags.redraw:
+        write_csv(path, watch_a_response(flags.quick))
+    rows = read_csv(path)
+    tokens = [row for row in rows if row["update"] == 0 and row["algo"] == "cispo"]
+    names = [str(row["token"]) for row in tokens]
+    with picture(Path(flags.out) / "forks.png", 1, 2, figsize=(11, 3.8), width_ratios=(3, 2)) as (left, right):
+        seen = [row for row in rows if row["algo"] == "cispo"]
+        n = int(max(row["update"] for row in seen))
+        grid = [[row["ratio"] for row in seen if row["update"] == update] for update in range(1, n + 1)]
+        image = left.imshow(grid, norm="log", aspect="auto", cmap="RdBu_r", vmin=1 / 8, vmax=8)
+        for update, ratios in enumerate(grid):
+            for i, ratio in enumerate(ratios):
+                if ratio > 1.28:
+                    left.text(i, update, "x", ha="center", va="center", fontsize=7)
+        left.set_xticks(range(len(names)), [f"{name}\np {row['probability']:.2g}" for name, row in zip(names, tokens)])
+        left.set(title="a right answer under CISPO; x: PPO's clip drops the token from here on", ylabel="update")
+        left.figure.colorbar(image, label="ratio to the old policy")
+        for algo in dict.fromkeys(row["algo"] for row in rows):
+            fork = [row for row in rows if row["algo"] == algo and row["position"] == 0]
+            draw_curve(right, fork, "update", "ratio", algo)
+        right.axhline(1.28, color="gray", ls=":", label="PPO's clip")
+        right.set(title=f"the fork token {names[0]}, by algorithm", xlabel="update", ylabel="ratio", yscale="log")
+        right.legend(fontsize=8)
+    print_table([row for row in seen if row["update"] == n], {c: f"{{{c}}}" for c in ("token", "probability", "ratio")})
+    ends = {row["algo"]: row["ratio"] for row in rows if row["position"] == 0}
+    told = ", ".join(f"{algo} x {ratio:.2f}" for algo, ratio in ends.items())
+    print(f"After {n} updates the fork token, probability {tokens[0]['probability']:.3f} before, has moved by: {told}.")
+
+
+def watch_a_response(quick):
+    """Rows of forks.csv: algo, update, position, token, old probability, ratio.
+
+    After a cold start every algorithm trains on the same rollouts from the same weights.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cold = {"steps": 0, "fork_prior": 0.05} | ({"sft_steps": 40, "eval_problems": 6} if quick else {})
+        train_process(f"{folder}/cold", cold)
+        rows = []
+        for algo in ("cispo", "dapo", "grpo"):
+            flags = train_rl.Flags(preset="tiny", algo=algo, updates_per_rollout=16)
+            model = load_pretrained(f"{folder}/cold", "cpu", torch.float32)
+            tokenizer, optimizer = Tokenizer.of(model.config), train_rl.make_optimizer(model, 0.0)
+            experience = train_rl.collect(model, tokenizer, flags, 1)
+            one = experience.batch.rows(slice(i := watched(experience, tokenizer), i + 1))
+            ids = one.tokens[:, 1:][one.trained]
+            with torch.no_grad():
+                old = train_rl.trained_logp(model, one)[0]
+            ratios = [torch.ones_like(old)]
+            for _ in train_rl.updates(model, optimizer, experience, flags, 2e-4):
+                with torch.no_grad():
+                    ratios.append((train_rl.trained_logp(model, one)[0] - old).exp())
+            for update, ratio in enumerate(ratios):
+                for position, (token, p, r) in enumerate(zip(ids.tolist(), old.exp().tolist(), ratio.tolist())):
+                    text = repr(tokenizer.decode([token]))
+                    row = {"algo": algo, "update": update, "position": position, "token": text}
+                    rows.append(row | {"probability": f"{p:.4g}", "ratio": f"{r:.4g}"})
+    return rows
+
+
+def watched(experience, tokenizer):
+    """Index of the best-rewarded response that begins with the fork; of the best one where none does."""
+    fork = tokenizer.encode(tasks.FORK)[0]
+    batch = experience.batch
+    first = batch.tokens[:, 1:].gather(1, batch.trained.int().argmax(1, keepdim=True))[:, 0]
+    return int((experience.rewards + 10 * (first == fork)).argmax())
+
+
+# ============================================================================
+# 9. Timing, files, pictures, command line
 # ============================================================================
 
 
@@ -753,7 +1018,8 @@ class Flags:
 
 
 BENCHES = {"flops": flops, "length": length, "forms": forms, "cpu": cpu, "main": main_job}
-BENCHES |= {"kernel": kernel, "decode-step": decode_step}
+BENCHES |= {"kernel": kernel, "decode-step": decode_step, "forks": forks}
+BENCHES |= {name: functools.partial(study, name) for name in STUDIES}
 
 
 @command_line

@@ -200,7 +200,7 @@ def policy_loss(
     recipe = ALGORITHMS[algo]
     log_ratio = logp.detach() - old_logp.detach().to(logp.dtype)
     ratio = log_ratio.exp()
-    dropped = _outside_trust_region(ratio, advantages, clip_low, clip_low if recipe.symmetric else clip_high)
+    dropped = outside_trust_region(ratio, advantages, algo, clip_low, clip_high)
     factor = ratio.clamp(low, high).masked_fill(dropped & recipe.masked, 0.0)  # rhat * M
     if not factor.isfinite().all():
         raise ValueError(f"ratio overflows: log-probs moved by up to {log_ratio.max():.1f} nats, unbounded in {algo}")
@@ -222,9 +222,10 @@ def policy_loss(
     return loss, dict(zip(measures, torch.stack(list(measures.values())).tolist()))
 
 
-def _outside_trust_region(ratio, advantages, clip_low, clip_high):
-    """Eq. 7: True where PPO's clip would remove the token's gradient."""
-    return ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
+def outside_trust_region(ratio, advantages, algo="dapo", clip_low=0.2, clip_high=0.28):
+    """Eq. 7: True where PPO's clip would remove the token's gradient (grpo: clip_low on both sides)."""
+    high = clip_low if ALGORITHMS[algo].symmetric else clip_high
+    return ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - clip_low))
 
 
 # ============================================================================

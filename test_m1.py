@@ -7,6 +7,7 @@
 """
 
 import ast
+import collections
 import copy
 import csv
 import dataclasses
@@ -932,10 +933,80 @@ def test_the_ratio_is_exactly_one_at_the_first_minibatch_and_moves_after_it():
     experience = train_rl.Experience(batch, torch.rand(24), rollout.logp[rollout.mask], {})
     ratios = {}
     for k in (1, 3):
-        log = train_rl.update(model, optimizer, experience, dataclasses.replace(flags, updates_per_rollout=k), 1e-3)
+        log, _ = train_rl.update(model, optimizer, experience, dataclasses.replace(flags, updates_per_rollout=k), 1e-3)
         ratios[k] = (log["ratio_min"], log["ratio_max"])
         assert k > 1 or log["logp_gap"] < 2e-5  # the rollout's temperature is that of training
     assert ratios[1] == (1.0, 1.0) and ratios[3][0] < 1 < ratios[3][1]
+
+
+def some_experience(seed=0):
+    """A small model and what it answered to six problems with random rewards."""
+    flags = train_rl.Flags(prompts=6, group_size=4, moves=2, min_groups=1, eval_problems=3)
+    torch.manual_seed(seed)
+    model = MiniMaxM1(M1Config.preset("tiny", num_hidden_layers=2, attn_type_list=[0, 1]))
+    problems = tasks.draw(random.Random(0), 6, ["mod"], 2)
+    rollout, _ = train_rl.respond(model, TOKENIZER, problems, flags, 0, 4)
+    rows = [row[:n].tolist() for row, n in zip(rollout.tokens, rollout.lengths)]
+    prompts = [TOKENIZER.encode(p.prompt) for p in problems for _ in range(4)]
+    batch = train_rl.make_batch(prompts, rows, [[True] * len(r) for r in rows], "cpu")
+    return model, flags, train_rl.Experience(batch, torch.rand(24), rollout.logp[rollout.mask], {})
+
+
+def test_with_one_update_per_rollout_every_loss_makes_the_same_step_and_with_several_they_part():
+    model, flags, experience = some_experience()
+
+    def after(algo, k):
+        twin, changed = copy.deepcopy(model), dataclasses.replace(flags, algo=algo, updates_per_rollout=k)
+        train_rl.update(twin, train_rl.make_optimizer(twin, 0.0), experience, changed, 3e-2)
+        return torch.cat([p.flatten() for p in twin.parameters()])
+
+    for k, same in ((1, True), (6, False)):
+        steps = [after(algo, k) for algo in ("cispo", "dapo", "grpo", "reinforce")]
+        assert all(torch.equal(steps[0], step) == same for step in steps[1:])
+
+
+def test_the_tokens_that_ppo_would_drop_are_named_counted_and_kept_with_their_ratios():
+    model, flags, experience = some_experience()
+    flags = dataclasses.replace(flags, updates_per_rollout=6)
+    optimizer, shares, dropped = train_rl.make_optimizer(model, 0.0), [], []
+    for log, drops in train_rl.updates(model, optimizer, experience, flags, 3e-2):
+        shares.append(log["ppo_would_drop_frac"])
+        dropped.append(drops)
+    sizes = [int(experience.batch.rows(slice(i, i + 4)).trained.sum()) for i in range(0, 24, 4)]
+    assert dropped[0] == [] and [len(d) for d in dropped] == [round(s * n) for s, n in zip(shares, sizes)]
+    everything = [d for drops in dropped for d in drops]
+    assert len(everything) > 5 and all(0 < p < 1 and (r > 1.28 or r < 0.8) for _, p, r in everything)
+    rows = train_rl.summarize_drops(everything, TOKENIZER, 7)
+    assert sum(row["count"] for row in rows) == len(everything) and rows[0]["count"] == max(r["count"] for r in rows)
+    groups = collections.Counter((token, ratio > 1) for token, _, ratio in everything)
+    (token, rose), n = groups.most_common(1)[0]
+    mine = [r for t, _, r in everything if (t, r > 1) == (token, rose)]
+    assert (rows[0]["count"], len(rows)) == (n, len(groups))
+    assert float(rows[0]["ratio"]) == pytest.approx(sum(mine) / n, rel=0.01)
+
+
+def test_a_run_tells_which_tokens_ppo_would_have_dropped(run):
+    folder, _ = run
+    rows = list(csv.DictReader(open(folder / "dropped.csv")))
+    told = (folder / "samples.txt").read_text().partition("tokens that PPO's clip would have dropped")[2]
+    assert told.count("times") == min(len({(row["token"], row["rose"]) for row in rows}), 8)
+    assert all(row["token"] in told for row in rows[:1]) and (rows or "none" in told)
+
+
+def test_a_bf16_head_rounds_logits_and_other_settings_reach_what_they_set(tmp_path, monkeypatch):
+    seen = {}
+    step = train_rl.rl_step
+
+    def spy(model, tokenizer, optimizer, flags, n):
+        seen.update(model=model, eps=optimizer.param_groups[0]["eps"])
+        return step(model, tokenizer, optimizer, flags, n)
+
+    monkeypatch.setattr(train_rl, "rl_step", spy)
+    arguments = ["--head", "bf16", "--adam-eps", "1e-8", "--router-coef", "0.25", "--out", str(tmp_path / "run")]
+    train_rl.main([*TINY_RUN, *arguments, "--sft-steps", "2", "--steps", "1"])
+    logits = seen["model"](torch.tensor([[65, 66]]))
+    assert torch.equal(logits, logits.bfloat16().float()) and logits.dtype == torch.float32
+    assert seen["eps"] == 1e-8 and load_pretrained(tmp_path / "run").config.router_aux_loss_coef == 0.25
 
 
 def test_an_update_is_adamw_on_the_formula_worked_out_by_hand():
@@ -1609,6 +1680,51 @@ def test_the_forms_benchmark_times_every_form_and_redraws_from_its_csv(tmp_path,
     picture.unlink()
     bench.main(["forms", "--redraw", "--out", str(tmp_path)])
     assert last_line(capsys) == said and picture.exists() and bench.read_csv(tmp_path / "forms.csv") == rows
+
+
+def test_a_study_measures_steps_areas_and_intervals_as_stated():
+    run = [{"step": s, "x": v} for s, v in ((0, 0.0), (2, 0.4), (4, 0.8), (6, 0.6))] + [{"step": 7}]
+    assert bench.steps_to(run, "x", 0.6) == pytest.approx(3) and bench.steps_to(run, "x", 0.4) == 2
+    assert bench.steps_to(run, "x", 0.9) == 7  # never: one step more than the last measurement
+    assert bench.area(run, "x") == pytest.approx((0.4 + 1.2 + 1.4) / 6) and bench.last(run, "x") == 0.6
+    median, low, high = bench.bootstrap([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (median, low) == (3.0, 1.0) and high in (4.0, 100.0)
+    assert bench.bootstrap([5.0] * 5) == (5.0, 5.0, 5.0)
+
+
+def test_a_study_runs_every_setting_from_one_cold_start_and_redraws_from_its_csv(tmp_path, capsys, monkeypatch):
+    plan = dataclasses.replace(bench.STUDIES["algos"], settings={a: {"algo": a} for a in ("cispo", "dapo", "grpo")})
+    monkeypatch.setitem(bench.STUDIES, "algos", plan)
+    bench.main(["algos", "--quick", "--out", str(tmp_path)])
+    said = last_line(capsys)
+    rows = bench.read_csv(tmp_path / "algos.csv")
+    assert {(row["setting"], row["seed"], row["step"]) for row in rows} == {
+        (a, 0, s) for a in plan.settings for s in range(3)
+    }
+    assert len({row["accuracy"] for row in rows if row["step"] == 0}) == 1 and "CISPO takes" in said
+    (tmp_path / "algos.png").unlink()
+    bench.main(["algos", "--redraw", "--out", str(tmp_path)])
+    assert last_line(capsys) == said and (tmp_path / "algos.png").stat().st_size > 5000
+
+
+def test_every_study_asks_for_flags_that_exist():
+    for plan in bench.STUDIES.values():
+        for setting in plan.settings.values():
+            train_rl.Flags(preset="tiny", **{**plan.cold, **plan.flags, **setting})
+
+
+def test_forks_follows_one_response_through_sixteen_updates(tmp_path, capsys):
+    bench.main(["forks", "--quick", "--out", str(tmp_path)])
+    rows = bench.read_csv(tmp_path / "forks.csv")
+    assert {row["update"] for row in rows} == set(range(17)) and {row["algo"] for row in rows} == {
+        "cispo",
+        "dapo",
+        "grpo",
+    }
+    assert all(row["ratio"] == 1 for row in rows if row["update"] == 0)
+    first = {row["algo"]: row["probability"] for row in rows if row["update"] == row["position"] == 0}
+    assert len(set(first.values())) == 1  # one cold start, one response
+    assert "the fork token, probability" in last_line(capsys)
 
 
 def test_a_crossover_is_where_a_curve_falls_below_another_for_good():

@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import cispo
@@ -105,6 +106,11 @@ class Flags:
     min_groups: int = flag(4, "fewest prompts with unequal rewards that make an update", "reinforcement", at_least=1)
     resample: int = flag(2, "how often to draw more prompts when there are too few", "reinforcement", at_least=0)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "reinforcement", above=0)
+    adam_eps: float = flag(1e-15, "of AdamW (report sec. 3.2: gradients go down to 1e-18)", "reinforcement", above=0)
+    router_coef: float = flag(None, "weight of the experts' load-balancing loss; none = the model's", "reinforcement")
+    head: str = flag(
+        "fp32", "output head; bf16 shows why not (report Fig. 3)", "reinforcement", choices=("fp32", "bf16")
+    )
 
     algo: str = flag("cispo", "which loss", "loss", choices=tuple(cispo.ALGORITHMS))
     eps_high: float = flag(4.0, "CISPO's ratio is capped at 1 + this; none = no cap", "loss", optional=True)
@@ -261,9 +267,9 @@ def chain_skill(model, tokenizer, flags, n=96):
 # ============================================================================
 
 
-def make_optimizer(model, lr):
+def make_optimizer(model, lr, eps=1e-15):
     """AdamW as in the report (sec. 3.2): gradients go down to 1e-18, and an eps of 1e-8 would swallow them."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
 
 
 def optimizer_step(model, optimizer, lr, max_grad_norm):
@@ -371,11 +377,12 @@ def collect(model, tokenizer, flags, step):
     )
 
 
-def update(model, optimizer, experience, flags, lr):
-    """Train on one step's experience: k minibatches of whole groups, one optimizer step each. Returns what to log.
+def updates(model, optimizer, experience, flags, lr):
+    """Train on one step's experience: k minibatches of whole groups, one optimizer step each. Yields after each update.
 
     The old log-probs come from the same minibatches in the same mode as the new ones, so that at the first update the
     ratio is 1 to the last bit. The sampler's own log-probs only measure how far training and generation disagree.
+    Yields (what to log of this update, [(token id, its old probability, its ratio) that PPO's clip drops]).
     """
     batch, G = experience.batch, flags.group_size
     advantages = cispo.group_advantages(experience.rewards, G).to(model.device)
@@ -384,32 +391,39 @@ def update(model, optimizer, experience, flags, lr):
     pieces = [slice(int(part[0]) * G, int(part[-1] + 1) * G) for part in parts]
     with torch.no_grad():
         old = [trained_logp(model, batch.rows(rows), flags.temperature, with_entropy=True)[0] for rows in pieces]
-    logs = []
+    train_logp, entropy = (torch.cat(x) for x in zip(*old))
+    gap = (train_logp - experience.infer_logp).abs()
+    seen = {
+        "entropy": float(entropy.mean()),
+        "prob_corr": cispo.prob_correlation(train_logp, experience.infer_logp),
+        "logp_gap": float(gap.max()),
+        "logp_gap_mean": float(gap.mean()),
+    }
     for rows, (old_logp, _) in zip(pieces, old):
         part = batch.rows(rows)
         logp, aux = trained_logp(model, part, flags.temperature)
+        advantage = advantages[rows, None].expand(part.trained.shape)[part.trained]
         loss, stats = cispo.policy_loss(
-            logp,
-            old_logp,
-            advantages[rows, None].expand(part.trained.shape)[part.trained],
-            cispo.token_weights(part.trained, flags.token_weights, G)[part.trained],
+            logp, old_logp, advantage, cispo.token_weights(part.trained, flags.token_weights, G)[part.trained],
             algo=flags.algo, eps_low=flags.eps_low, eps_high=flags.eps_high,
             clip_low=flags.clip_low, clip_high=flags.clip_high,
         )  # fmt: skip
         (loss + model.config.router_aux_loss_coef * aux.router_loss).backward()
         grad_norm = optimizer_step(model, optimizer, lr, flags.max_grad_norm)
+        ratio = (logp.detach() - old_logp).exp()
+        drops = cispo.outside_trust_region(ratio, advantage, flags.algo, flags.clip_low, flags.clip_high)
         stats |= {"loss": loss.item(), "grad_norm": grad_norm, "router_loss": aux.router_loss.item()}
         stats["busiest_expert"] = float(aux.expert_load.max()) / model.config.num_experts_per_tok
-        logs.append(stats)
+        tokens = part.tokens[:, 1:][part.trained]
+        yield stats | seen, list(zip(*(x[drops].tolist() for x in (tokens, old_logp.exp(), ratio))))
+
+
+def update(model, optimizer, experience, flags, lr):
+    """All updates of one step. Returns (what to log, the tokens that PPO's clip would have dropped), see updates."""
+    logs, drops = zip(*updates(model, optimizer, experience, flags, lr))
     reduce = {"ratio_min": min, "ratio_max": max, "busiest_expert": max}
-    train_logp, entropy = (torch.cat(x) for x in zip(*old))
-    return {
-        **{name: reduce.get(name, mean)([log[name] for log in logs]) for name in logs[0]},
-        "updates": len(pieces),
-        "entropy": float(entropy.mean()),
-        "prob_corr": cispo.prob_correlation(train_logp, experience.infer_logp),
-        "logp_gap": float((train_logp - experience.infer_logp).abs().max()),
-    }
+    row = {name: reduce.get(name, mean)([log[name] for log in logs]) for name in logs[0]}
+    return row | {"updates": len(logs)}, [token for drop in drops for token in drop]
 
 
 # ============================================================================
@@ -426,8 +440,8 @@ COLUMNS = [
     # see cispo.policy_loss: means over the updates, extremes for ratio_min and ratio_max
     "ratio_mean", "ratio_min", "ratio_max", "weight_clip_frac_high", "weight_clip_frac_low", "ppo_would_drop_frac",
     "kl_k1", "kl_k3", "ess",
-    # training against rollout: correlation of probabilities, largest difference of log-probs
-    "prob_corr", "logp_gap",
+    # training against rollout: correlation of probabilities, largest and mean difference of log-probs
+    "prob_corr", "logp_gap", "logp_gap_mean",
     # experts: load-balancing loss (2 = balanced), share of tokens' choices that the busiest one got
     "router_loss", "busiest_expert", "seconds",
 ]  # fmt: skip
@@ -489,8 +503,10 @@ def reopen(folder, optimizer, device, last_step):
     for newer in sorted(folder.glob("step-*")):
         if newer.name > f"step-{step:06d}":
             shutil.rmtree(newer)
-    lines = (folder / "log.csv").read_text().splitlines(keepends=True)
-    write_file(folder / "log.csv", "".join(lines[: step + 2]))  # the header and steps 0, 1, ...
+    for file in ("log.csv", "dropped.csv"):
+        header, *lines = (folder / file).read_text().splitlines(keepends=True)
+        kept = (line for line in lines if int(line.partition(",")[0]) <= step and line.endswith("\n"))
+        write_file(folder / file, header + "".join(kept))
     return step, seconds
 
 
@@ -583,6 +599,22 @@ def show_samples(model, tokenizer, flags, n=6):
     return "".join(f"  {p.prompt}{text:<30}  answer {p.answer}  reward {s.reward:.1f}\n" for p, text, s in rows)
 
 
+def show_drops(path, n=8):
+    """The n tokens that PPO's clip would have dropped most often, from dropped.csv, as text."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["token"], row["rose"]), []).append([float(row[x]) for x in DROPPED[3:]])
+    text = "\ntokens that PPO's clip would have dropped (probability and ratio: means)\n"
+    for (token, rose), seen in sorted(groups.items(), key=lambda item: -sum(x[0] for x in item[1]))[:n]:
+        count = sum(x[0] for x in seen)
+        p, r = (sum(x[0] * x[i] for x in seen) / count for i in (1, 2))
+        why = "wanted, had risen" if rose == "yes" else "unwanted, had fallen"
+        text += f"  {token:<12} {count:6.0f} times  probability {p:.3f}  ratio {r:.2f}  {why}\n"
+    return text if groups else text + "  none\n"
+
+
 # ============================================================================
 # 7. The run
 # ============================================================================
@@ -608,13 +640,14 @@ def print_banner(flags, model, folder):
         print("expect    1 to 3 minutes on two idle CPU cores, under 1 GB of memory", flush=True)
 
 
-def step_line(row, flags):
-    """One aligned line per step."""
+def step_line(row, flags, drops=()):
+    """One aligned line per step; after `ppo drops` the tokens it would drop most often."""
     line = "step {step:3d}/{steps}".format(step=row["step"], steps=flags.steps)
     if row["step"]:
         line += "  correct {correct:.3f}  fork {fork_rate:.3f}  length {length:5.2f}  groups {groups:2d}".format(**row)
     if "loss" in row:
         line += "  ratio {ratio_min:.2f}-{ratio_max:5.2f}  ppo drops {ppo_would_drop_frac:5.1%}".format(**row)
+        line += " {:<14}".format(" ".join("{token} x{count}".format(**drop) for drop in drops[:2]))
     elif row["step"]:
         line += f"  fewer than {flags.min_groups} groups: no update"
     if "accuracy" in row:
@@ -658,20 +691,49 @@ def new_model(flags):
     return MiniMaxM1(M1Config.preset(flags.preset, attn_type_list=kinds, **ids))
 
 
+def bf16_head(model, hidden):
+    """The mistake that the report found (sec. 3.2): logits rounded to bf16, in training and in rollouts."""
+    return F.linear(hidden.bfloat16(), model.lm_head.weight.bfloat16()).to(hidden.dtype)
+
+
 def rl_step(model, tokenizer, optimizer, flags, step):
-    """One step: experience, updates, now and then an evaluation. Step 0 is only evaluated. Returns its log row."""
-    clock, row = time.perf_counter(), {"step": step}
+    """One step: experience, updates, now and then an evaluation. Step 0 is only evaluated.
+
+    Returns its log row and the tokens that PPO's clip would have dropped, see updates.
+    """
+    clock, row, drops = time.perf_counter(), {"step": step}, []
     if step > 0:
         lr = flags.lr or 2e-4 * 64 / model.config.hidden_size
         row["lr"] = lr * min(step / max(flags.warmup, 1), 1)
         experience = collect(model, tokenizer, flags, step)
         row |= experience.seen
         if experience.batch is not None:
-            row |= update(model, optimizer, experience, flags, row["lr"])
+            learnt, drops = update(model, optimizer, experience, flags, row["lr"])
+            row |= learnt
     if step % flags.eval_every == 0 or step == flags.steps:
         row |= evaluate(model, tokenizer, flags)
     row["seconds"] = time.perf_counter() - clock
-    return {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in row.items()}
+    return {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in row.items()}, drops
+
+
+def summarize_drops(drops, tokenizer, step):
+    """[(token id, probability, ratio)] -> rows of dropped.csv, the token dropped most often first.
+
+    rose: the token was wanted (A > 0) and had risen above the trust region; otherwise unwanted and below it.
+    """
+    groups = {}
+    for token, probability, ratio in drops:
+        groups.setdefault((token, ratio > 1), []).append((probability, ratio))
+    rows = []
+    for (token, rose), seen in sorted(groups.items(), key=lambda item: -len(item[1])):
+        probability, ratio = (f"{mean(x):.3g}" for x in zip(*seen))
+        text = tokenizer.decode([token])
+        text = f"<{token}>" if "\ufffd" in text else json.dumps(text)  # half of a character
+        rows.append(dict(zip(DROPPED, (step, text, "yes" if rose else "no", len(seen), probability, ratio))))
+    return rows
+
+
+DROPPED = ["step", "token", "rose", "count", "probability", "ratio"]  # probability before the updates; means
 
 
 def train(flags):
@@ -687,7 +749,11 @@ def train(flags):
     going_on = bool(saved)
     stored = flags.resume if going_on else flags.init
     model = load_pretrained(stored, device, torch.float32) if stored else new_model(flags).to(device)
-    tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model, 0.0)
+    if flags.router_coef is not None:
+        model.config.router_aux_loss_coef = flags.router_coef
+    if flags.head == "bf16":
+        model.head = functools.partial(bf16_head, model)
+    tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model, 0.0, flags.adam_eps)
     folder = Path(flags.resume) if flags.resume else new_folder(flags)
     step, earlier = reopen(folder, optimizer, device, flags.steps) if going_on else (-1, 0.0)
     write_file(folder / "run.json", json.dumps(describe(flags, model), indent=2) + "\n")
@@ -701,15 +767,25 @@ def train(flags):
         if step < 0:
             write_file(folder / "samples.txt", f"after the cold start\n{show_samples(model, tokenizer, flags)}")
             write_file(folder / "log.csv", ",".join(COLUMNS) + "\n")
+            write_file(folder / "dropped.csv", ",".join(DROPPED) + "\n")
         bar = tqdm(total=flags.steps, initial=max(step, 0), desc="RL", unit="step", disable=None)
-        with StopRequest() as stop, bar, open(folder / "log.csv", "a", newline="") as file:
+        with (
+            StopRequest() as stop,
+            bar,
+            open(folder / "log.csv", "a", newline="") as file,
+            open(folder / "dropped.csv", "a", newline="") as dropped_file,
+        ):
             log = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+            dropped = csv.DictWriter(dropped_file, DROPPED, lineterminator="\n")
             while step < flags.steps and not stop.made:
                 step += 1
-                row = rl_step(model, tokenizer, optimizer, flags, step)
+                row, drops = rl_step(model, tokenizer, optimizer, flags, step)
+                drops = summarize_drops(drops, tokenizer, step)
+                dropped.writerows(drops)
+                dropped_file.flush()
                 log.writerow(row)
                 file.flush()
-                tqdm.write(step_line(row, flags))
+                tqdm.write(step_line(row, flags, drops))
                 sys.stdout.flush()
                 bar.update(step > 0)
                 if step % flags.checkpoint_every == 0 or step == flags.steps or stop.made:
@@ -729,7 +805,7 @@ def finish(model, tokenizer, flags, folder, seconds):
     """samples.txt, curves.png and summary.json of a finished run; prints and returns the summary."""
     before = (folder / "samples.txt").read_text().split("\nafter ")[0]
     after = f"\nafter {flags.steps} RL steps\n{show_samples(model, tokenizer, flags)}"
-    write_file(folder / "samples.txt", before + after)
+    write_file(folder / "samples.txt", before + after + show_drops(folder / "dropped.csv"))
     log, first = read_log(folder / "log.csv"), Flags(preset="tiny")
     free = ("seed", "out", "device", "resume", "checkpoint_every", "keep")
     default = dataclasses.replace(flags, **{name: getattr(first, name) for name in free}) == first
