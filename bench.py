@@ -5,17 +5,19 @@
     python bench.py forms        every form of attention against length; a map of what M1's heads remember
     python bench.py cpu          training and generation beside transformers' MiniMax of the same shape (if installed)
     python bench.py main         Figure 4 in miniature: the main job for seeds 0, 1, 2 (3 to 9 minutes on two CPU cores)
+    python bench.py traps        nine mistakes of reimplementers: the error that each makes and the test that turns red
     python bench.py kernel       the lightning-attention kernel on a GPU: memory floor, fla, SDPA (--sweep: block sizes)
     python bench.py decode-step  one token of many sequences on a GPU
     python bench.py forks        one response, token by token: what PPO's clip drops and CISPO keeps (2 minutes)
     python bench.py algos        CISPO, DAPO, GRPO, REINFORCE at 16 updates per rollout (report, Figure 2)
     python bench.py eps | precision | adam | balance    the same for a cap, the output head, AdamW's eps, the experts
 
-length, forms and cpu take about a minute each and want an idle machine. Files go to figures/ (--out changes that).
---redraw makes the picture again from the CSV that is there. Numbers in README.md come from these files.
+length, forms and cpu take about a minute each and want an idle machine; traps takes a minute, too. Files go to figures/
+(--out changes that). --redraw makes picture and table again from the CSV that is there. Numbers in README.md come from
+these files.
 
-    1. flops   2. length   3. forms   4. cpu   5. main   6. kernel   7. studies   8. forks
-    9. timing, files, pictures, command line
+    1. flops   2. length   3. forms   4. cpu   5. main   6. traps   7. kernel   8. studies   9. forks
+    10. timing, files, pictures, command line
 """
 
 import collections
@@ -36,14 +38,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
+from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+import cispo
 import lightning_attn
+import model as m1
+import sample
 import tasks
 import train_rl
 from lightning_attn import decay_slopes, lightning_attention, lightning_step
@@ -405,7 +412,150 @@ def median_and_range(logs, x, y):
 
 
 # ============================================================================
-# 6. The kernel, on a GPU
+# 6. Traps: mistakes that people make when they rebuild M1
+# ============================================================================
+
+HERE = Path(__file__).parent
+
+
+def traps(flags):
+    """One mistake at a time: the error that it makes and whether its test turns red (traps.csv)."""
+    path, tests = Path(flags.out) / "traps.csv", {trap.test for trap in TRAPS}
+    if not flags.redraw:
+        if not flags.quick and colour(None, *tests) == "red":
+            raise ValueError("these tests fail without any mistake planted: python -m pytest test_m1.py says which")
+        rows = []
+        for trap in TRAPS:
+            row = {"mistake": trap.mistake, "error": trap.measure.__doc__, "right": f"{trap.measure():.2g}"}
+            with trap.plant():
+                row["planted"] = f"{trap.measure():.2g}"
+            turns = "not run" if flags.quick else colour(trap.mistake, trap.test)
+            rows.append(row | {"turns": turns, "test": trap.test, "torch": torch.__version__})
+        write_csv(path, rows)
+    rows = read_csv(path)
+    columns = {"mistake": "{mistake}", "error": "{error}", "right": "{right:.2g}", "planted": "{planted:.2g}"}
+    print_table(rows, columns | {"turns": "{turns}", "test": "{test}"})
+    turned = [row["turns"] for row in rows]
+    print(f"{turned.count('red')} of {len(rows)} mistakes turn their test red; {turned.count('GREEN')} stay unseen")
+
+
+def colour(mistake, *tests):
+    """What tests of test_m1.py say with a mistake planted (None: with none), "red" or "GREEN", in a new process."""
+    code = f"import sys, bench; sys.exit(bench.run_planted(*{(mistake, *tests)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    if done.returncode and "1 failed" not in done.stdout:  # a crash is no red
+        raise ValueError(f"pytest could not run {', '.join(tests)}: {(done.stdout + done.stderr).strip()[-300:]}")
+    return "red" if done.returncode else "GREEN"
+
+
+def run_planted(mistake, *tests):
+    """pytest's exit code, the mistake being planted before test_m1.py imports anything."""
+    import pytest
+
+    plants = {None: contextlib.nullcontext} | {trap.mistake: trap.plant for trap in TRAPS}
+    with plants[mistake]():
+        return pytest.main(["-qx", "-p", "no:cacheprovider", *(f"{HERE / 'test_m1.py'}::{test}" for test in tests)])
+
+
+# What is measured: errors, near 0 in right code. The docstrings are printed in the table.
+
+
+@torch.no_grad()
+def logp_error():
+    """max |log-prob - released|, nats"""
+    given = np.load(HERE / "parity/expected.npz")
+    long, short, *released = (torch.from_numpy(given[f"{n}_{x}"]) for x in ("ids", "logits") for n in ("long", "short"))
+    tokens, mask = sample.left_pad([*long, *short], 0, "cpu")
+    ours = load_pretrained(HERE / "parity")(tokens, mask=mask)[mask]
+    return float((ours.log_softmax(-1) - torch.cat([x.flatten(0, 1) for x in released]).log_softmax(-1)).abs().max())
+
+
+@torch.no_grad()
+def ratio_error():
+    """max |pi / pi_rollout - 1| at the start"""
+    model, prompts = load_pretrained(HERE / "parity"), torch.arange(64).view(8, 8).tolist()
+    rollout = generate(model, prompts, max_new_tokens=16, temperature=0.7, eos_id=-1, seed=0)
+    batch = train_rl.make_batch(prompts, rollout.tokens.tolist(), rollout.mask.tolist(), "cpu")
+    logp, _ = train_rl.trained_logp(model, batch, 0.7)
+    return float((logp - rollout.logp[rollout.mask]).expm1().abs().max())
+
+
+def fork_error():
+    """|fork rate taught - asked for|"""
+    flags, byte = train_rl.Flags(fork_prior=0.1), sample.Tokenizer.byte()
+    batch = train_rl.demonstrations(flags, random.Random(0), byte, 10_000, "cpu")
+    learned = batch.tokens[:, 1:][batch.trained]
+    forks, guesses = (int((learned == ord(token)).sum()) for token in (tasks.FORK, tasks.GUESS))
+    return abs(forks / (forks + guesses) - flags.fork_prior)
+
+
+def advantage_error():
+    """max |mean advantage of a group|"""
+    rewards = torch.ones(8, 8).tril(-1).flatten()  # eight prompts, from hard to easy: 0 to 7 of 8 answers are right
+    return float(cispo.group_advantages(rewards, 8).view(8, 8).mean(1).abs().max())
+
+
+def weight_error():
+    """gradient lost when padding is added"""
+    mask = torch.arange(8) < torch.tensor([[3], [8]])
+    gradient, padded = (cispo.token_weights(F.pad(mask, (0, n))).sum() for n in (0, 8))  # at ratio 1 and advantage 1
+    return float(1 - padded / gradient)
+
+
+class Trap(NamedTuple):
+    """One mistake and who sees it."""
+
+    mistake: str
+    measure: object  # function of nothing: the error
+    test: str
+    plant: object  # function of nothing: a context in which our code makes the mistake
+
+
+def swap(owner, name, wrong):
+    """How to plant: owner.name becomes wrong(right, *its arguments), `right` being what stood there."""
+    right = getattr(owner, name)
+    return lambda: mock.patch.object(owner, name, lambda *args, **kw: wrong(right, *args, **kw))
+
+
+TRAPS = (
+    Trap("rope on the whole head", logp_error,  # transformers' own minimax class
+         "test_logits_are_those_of_the_released_code",
+         swap(m1, "rope_tables", lambda right, positions, c, dtype: right(
+             positions, dataclasses.replace(c, rotary_dim=c.head_dim), dtype))),
+    Trap("slopes linear in the head", logp_error,  # the lightning-attention papers
+         "test_logits_are_those_of_the_released_code",
+         swap(m1, "_slopes", lambda right, H, layer, n_layers, device: (
+             8 * torch.arange(1, H + 1) / H * (1 - layer / (n_layers - 1) + 1e-5)))),
+    Trap("slopes alike in all layers", logp_error,
+         "test_logits_are_those_of_the_released_code",
+         swap(m1, "_slopes", lambda right, H, layer, n_layers, device: right(H, 0, n_layers, device))),
+    Trap("padding enters the state", logp_error,  # a mask on scores, as in softmax attention, has no scores here
+         "test_left_padded_rows_get_what_the_released_code_gives_each_sequence_alone",
+         swap(m1.LightningAttention, "forward", lambda right, self, u, at, *state: right(
+             self, u, dataclasses.replace(at, mask=None, continues=False), *state))),
+    Trap("logits in bf16", logp_error,  # report sec. 3.2: its runs failed
+         "test_logits_and_router_stay_fp32_in_a_bf16_model",
+         swap(MiniMaxM1, "head", lambda right, self, hidden: F.linear(
+             hidden.bfloat16(), self.lm_head.weight.bfloat16()).float())),
+    Trap("temperature in rollouts only", ratio_error,
+         "test_recorded_log_probs_are_those_of_training_mode",
+         swap(train_rl, "trained_logp", lambda right, model, batch, temperature=1, *more: (
+             right(model, batch, 1, *more)))),
+    Trap("planted forks carry loss", fork_error,  # thinking first is what RL is to teach
+         "test_a_fork_without_loss_stays_visible_as_input",
+         swap(tasks, "demonstration", lambda right, *args: (right(*args)[0], 0))),
+    Trap("advantage over the batch", advantage_error,  # answers to an easy prompt gain from its being easy
+         "test_group_advantages_compare_siblings_and_vanish_exactly_in_flat_groups",
+         swap(cispo, "group_advantages", lambda right, rewards, G, *more: right(rewards, len(rewards), *more))),
+    Trap("token mean over padding", weight_error,  # (loss * mask).mean()
+         "test_token_weights_are_the_means_they_are_named_after",
+         swap(cispo, "token_weights", lambda right, mask, *more, **kw: (
+             right(torch.ones_like(mask), *more, **kw) * mask))),
+)  # fmt: skip
+
+
+# ============================================================================
+# 7. The kernel, on a GPU
 # ============================================================================
 
 SHAPES = [(1, 8192, 64, 128), (1, 32768, 64, 128), (8, 8192, 64, 128), (8, 2048, 16, 64), (1, 8192, 8, 128)]
@@ -660,7 +810,7 @@ def gpu_race(runs, rounds):
 
 
 # ============================================================================
-# 7. Studies: many runs of train_rl.py
+# 8. Studies: many runs of train_rl.py
 # ============================================================================
 
 
@@ -839,7 +989,7 @@ STUDIES = {
 
 
 # ============================================================================
-# 8. One response, token by token
+# 9. One response, token by token
 # ============================================================================
 
 
@@ -914,7 +1064,7 @@ def watched(experience, tokenizer):
 
 
 # ============================================================================
-# 9. Timing, files, pictures, command line
+# 10. Timing, files, pictures, command line
 # ============================================================================
 
 
@@ -1010,14 +1160,16 @@ class Flags:
     out: str = flag("figures", "folder for CSV and PNG files", "files")
     redraw: bool = flag(False, "only draw the picture, from the CSV files that are there", "files")
     sweep: bool = flag(False, "kernel: time its block sizes instead", "sizes")
-    quick: bool = flag(False, "length, forms, cpu: tiny sizes, to see that they work; needs --out", "sizes")
+    quick: bool = flag(
+        False, "length, forms, cpu: tiny sizes, to see that they work; traps: no tests; needs --out", "sizes"
+    )
 
     def __post_init__(self):
         if self.quick and self.out == "figures":
             raise ValueError("--quick makes numbers that mean nothing; keep them out of figures/ with --out DIR")
 
 
-BENCHES = {"flops": flops, "length": length, "forms": forms, "cpu": cpu, "main": main_job}
+BENCHES = {"flops": flops, "length": length, "forms": forms, "cpu": cpu, "main": main_job, "traps": traps}
 BENCHES |= {"kernel": kernel, "decode-step": decode_step, "forks": forks}
 BENCHES |= {name: functools.partial(study, name) for name in STUDIES}
 

@@ -1771,6 +1771,34 @@ def test_the_cpu_benchmark_compares_with_a_transformers_model_of_the_same_size(t
         assert (f"goal {goal}: reached" in said) == (row["ratio"] >= goal)
 
 
+def test_every_trap_is_far_off_when_planted_and_the_code_is_right_before_and_after(tmp_path, capsys):
+    for trap in bench.TRAPS:
+        before = trap.measure()
+        with trap.plant():
+            planted = trap.measure()
+        assert abs(before) < 0.01 and planted > 0.02 and planted > 50 * abs(before), trap.mistake
+        assert trap.measure() == before, trap.mistake
+    bench.main(["traps", "--quick", "--out", str(tmp_path)])
+    assert "0 of 9 mistakes" in last_line(capsys)
+
+
+def test_a_planted_mistake_turns_its_test_red_and_the_committed_table_has_no_green_one(capsys):
+    trap = bench.TRAPS[-1]
+    assert bench.colour(trap.mistake, trap.test) == "red"
+    rows = bench.read_csv(HERE / "figures/traps.csv")
+    assert [(r["mistake"], r["test"], r["turns"]) for r in rows] == [(t.mistake, t.test, "red") for t in bench.TRAPS]
+    assert all(callable(globals()[trap.test]) for trap in bench.TRAPS)
+    bench.main(["traps", "--redraw", "--out", str(HERE / "figures")])
+    assert "9 of 9 mistakes turn their test red" in last_line(capsys)
+
+
+def test_a_test_that_does_not_see_a_mistake_is_called_green_and_one_that_cannot_run_is_no_red():
+    trap = bench.TRAPS[-1]
+    assert bench.colour(trap.mistake, "test_overlong_penalty_falls_from_0_to_minus_1_over_the_buffer") == "GREEN"
+    with pytest.raises(ValueError, match="could not run test_nothing"):
+        bench.colour(trap.mistake, "test_nothing")
+
+
 def test_quick_numbers_stay_out_of_the_committed_figures(capsys):
     with pytest.raises(SystemExit):
         bench.main(["forms", "--quick"])
