@@ -10,6 +10,7 @@
     python bench.py decode-step  one token of many sequences on a GPU
     python bench.py forks        one response, token by token: what PPO's clip drops and CISPO keeps (2 minutes)
     python bench.py algos        CISPO, DAPO, GRPO, REINFORCE at 16 updates per rollout (report, Figure 2)
+    python bench.py hybrid       associative recall for five mixtures of lightning and softmax layers
     python bench.py eps | precision | adam | balance    the same for a cap, the output head, AdamW's eps, the experts
 
 length, forms and cpu take about a minute each and want an idle machine; traps takes a minute, too. Files go to figures/
@@ -17,7 +18,7 @@ length, forms and cpu take about a minute each and want an idle machine; traps t
 these files.
 
     1. flops   2. length   3. forms   4. cpu   5. main   6. traps   7. kernel   8. studies   9. forks
-    10. timing, files, pictures, command line
+    10. hybrid   11. timing, files, pictures, command line
 """
 
 import collections
@@ -875,7 +876,7 @@ def run_study(plan, quick=False):
     """
     seeds = range(1 if quick else plan.seeds)
     tiny = {"sft_steps": 10, "steps": 2, "prompts": 16, "eval_problems": 6, "eval_samples": 1} if quick else {}
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory() as folder:
 
         def cold(seed):
             return train_process(f"{folder}/cold-{seed}", plan.cold | tiny | {"steps": 0, "seed": seed})
@@ -887,11 +888,16 @@ def run_study(plan, quick=False):
             log = train_rl.read_log(f"{out}/log.csv")
             return [{"setting": setting, "seed": seed} | {c: row.get(c, "") for c in KEPT} for row in log]
 
-        bar = functools.partial(tqdm, disable=None, leave=False)
-        list(bar(pool.map(cold, seeds), total=len(seeds), desc="cold starts"))
+        in_parallel(cold, seeds, "cold starts")
         jobs = [(setting, seed) for seed in seeds for setting in plan.settings]
-        runs = list(bar(pool.map(lambda job: run(*job), jobs), total=len(jobs), desc="runs"))
+        runs = in_parallel(lambda job: run(*job), jobs, "runs")
     return [row for rows in runs for row in rows]
+
+
+def in_parallel(function, jobs, title):
+    """[function(job) for job in jobs] with as many threads as there are cores, for functions that wait for processes."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(tqdm(pool.map(function, jobs), total=len(jobs), desc=title, disable=None, leave=False))
 
 
 def train_process(out, flags):
@@ -1064,7 +1070,71 @@ def watched(experience, tokenizer):
 
 
 # ============================================================================
-# 10. Timing, files, pictures, command line
+# 10. How many softmax layers does memory need?
+# ============================================================================
+
+RATIOS = {0: "all lightning", 8: "7 : 1 (M1)", 4: "3 : 1", 2: "1 : 1", 1: "all softmax"}  # --softmax-every
+RECALLS = {"recall": "asked at once", "far": "asked after 64 characters of filler"}
+
+
+def hybrid(flags):
+    """Associative recall against the number of pairs, for five mixtures of layers: hybrid.csv and hybrid.png."""
+    path = Path(flags.out) / "hybrid.csv"
+    if not flags.redraw:
+        write_csv(path, run_recalls(flags.quick))
+    rows = read_csv(path)
+    curves = {}
+    for row in rows:
+        curves.setdefault((row["task"], int(row["softmax_every"])), {}).setdefault(row["pairs"], []).append(
+            row["accuracy"]
+        )
+    with picture(Path(flags.out) / "hybrid.png", 1, 2, figsize=(10, 3.8), sharey=True) as axes:
+        for axis, (task, title) in zip(axes, RECALLS.items()):
+            for (its_task, ratio), points in curves.items():
+                if its_task == task:
+                    band = [
+                        {"x": x, "y": statistics.median(y), "y_low": min(y), "y_high": max(y)}
+                        for x, y in points.items()
+                    ]
+                    draw_curve(axis, band, "x", "y", RATIOS[ratio])
+            axis.axhline(0.1, color="gray", ls=":")
+            axis.set(title=title, xlabel="pairs to remember", ylabel="accuracy (dotted: chance)")
+        axes[0].legend(fontsize=8)
+    table = []
+    for (task, ratio), points in curves.items():
+        cells = {
+            f"{pairs:.0f} pairs": f"{statistics.median(y):.2f} [{min(y):.2f}, {max(y):.2f}]"
+            for pairs, y in points.items()
+        }
+        table.append({"task": task, "layers": RATIOS[ratio]} | cells)
+    print("held-out accuracy after imitation, median [range] over seeds")
+    print_table(table, {title: f"{{{title}}}" for title in table[0]})
+
+
+def run_recalls(quick):
+    """Rows of hybrid.csv: one cold start of train_rl.py each, at most 1,500 steps; it ends early where all is learnt."""
+    grid = [
+        (task, ratio, pairs, seed) for pairs in (4, 8, 16) for task in RECALLS for ratio in RATIOS for seed in range(3)
+    ]
+    grid = grid[:: len(grid) // 2] if quick else grid
+
+    def run(job, folder):
+        task, ratio, pairs, seed = job
+        out = f"{folder}/{'-'.join(map(str, job))}"
+        effort = (
+            {"sft_steps": 2, "eval_problems": 6, "eval_samples": 1} if quick else {"sft_steps": 1500, "sft_skill": 0.99}
+        )
+        model = {"task": task, "softmax_every": ratio, "moves": pairs, "seed": seed, "steps": 0}
+        train_process(out, model | effort)
+        accuracy = train_rl.read_log(f"{out}/log.csv")[0]["accuracy"]
+        return {"task": task, "softmax_every": ratio, "pairs": pairs, "seed": seed, "accuracy": accuracy}
+
+    with tempfile.TemporaryDirectory() as folder:
+        return in_parallel(lambda job: run(job, folder), grid, "recalls")
+
+
+# ============================================================================
+# 11. Timing, files, pictures, command line
 # ============================================================================
 
 
@@ -1170,7 +1240,7 @@ class Flags:
 
 
 BENCHES = {"flops": flops, "length": length, "forms": forms, "cpu": cpu, "main": main_job, "traps": traps}
-BENCHES |= {"kernel": kernel, "decode-step": decode_step, "forks": forks}
+BENCHES |= {"kernel": kernel, "decode-step": decode_step, "forks": forks, "hybrid": hybrid}
 BENCHES |= {name: functools.partial(study, name) for name in STUDIES}
 
 

@@ -8,7 +8,7 @@ both but rarely starts a chain: what RL teaches is to think first, and responses
 
 To add a task, write one function (random, n_moves) -> Problem and name it in TASKS. Nothing else needs to change.
 
-    1. Problems            Problem, the three tasks, TASKS, draw
+    1. Problems            Problem, the tasks, TASKS, draw
     2. Demonstrations      demonstration: what the cold start imitates
     3. Rewards             score
     4. See it run          main: `python tasks.py`, a problem of each task and what responses to it earn
@@ -70,7 +70,23 @@ def cups(rng, n_moves):
     return Problem("cups", prompt, chain, chain[-1])
 
 
-TASKS = {"mod": mod, "walk": walk, "cups": cups}
+def recall(rng, n_moves, filler=0):
+    """Associative recall of n_moves pairs: `f3k7a1?k=` -> answer 7. No chain helps, only memory (bench.py hybrid)."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    if n_moves > len(letters):
+        raise ValueError(f"recall has {len(letters)} keys, so at most as many moves, found {n_moves}")
+    keys, values = rng.sample(letters, n_moves), [str(rng.randrange(10)) for _ in range(n_moves)]
+    asked = rng.randrange(n_moves)
+    prompt = "".join(map("".join, zip(keys, values))) + "-" * filler + f"?{keys[asked]}="
+    return Problem("far" if filler else "recall", prompt, "", values[asked])
+
+
+def far(rng, n_moves):
+    """recall across 64 characters of filler."""
+    return recall(rng, n_moves, filler=64)
+
+
+TASKS = {"mod": mod, "walk": walk, "cups": cups, "recall": recall, "far": far}
 
 
 def is_held_out(prompt):
@@ -162,7 +178,7 @@ def score(problem, text, ended=True):
 def main(argv=None):
     """Print one problem of each task and the rewards of a right, a wrong and a malformed response."""
     argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False).parse_args(argv)
-    print(f"{'task':6}{'prompt':12}{'response':28}reward   correct   well-formed   forked")
+    print(f"{'task':8}{'prompt':18}{'response':28}reward   correct   well-formed   forked")
     for name in TASKS:
         problem = draw(random.Random(0), 1, [name], 6)[0]
         wrong = next(guess for guess in "123456789" if not problem.check(guess))
@@ -170,7 +186,8 @@ def main(argv=None):
         for response in (worked + THINK_END + problem.answer, GUESS + THINK_END + wrong, worked + problem.answer):
             s = score(problem, response)
             marks = ("yes" if mark else "no" for mark in (s.correct, s.well_formed, s.forked))
-            print(f"{name:6}{problem.prompt:12}{response:28}{s.reward:6.1f}" + "{:>10}{:>14}{:>9}".format(*marks))
+            prompt = problem.prompt if len(problem.prompt) < 18 else problem.prompt[:6] + "..." + problem.prompt[-6:]
+            print(f"{name:8}{prompt:18}{response:28}{s.reward:6.1f}" + "{:>10}{:>14}{:>9}".format(*marks))
     print(f"\n{FORK} starts a chain, {GUESS} a guess; without {THINK_END} a response has no answer and earns nothing.")
 
 
