@@ -11,6 +11,7 @@
     python bench.py forks        one response, token by token: what PPO's clip drops and CISPO keeps (2 minutes)
     python bench.py algos        CISPO, DAPO, GRPO, REINFORCE at 16 updates per rollout (report, Figure 2)
     python bench.py hybrid       associative recall for five mixtures of lightning and softmax layers
+    python bench.py control      ... without a planted fork (algos --full: the map of where CISPO helps)
     python bench.py eps | precision | adam | balance    the same for a cap, the output head, AdamW's eps, the experts
 
 length, forms and cpu take about a minute each and want an idle machine; traps takes a minute, too. Files go to figures/
@@ -878,18 +879,25 @@ def run_study(plan, quick=False):
     tiny = {"sft_steps": 10, "steps": 2, "prompts": 16, "eval_problems": 6, "eval_samples": 1} if quick else {}
     with tempfile.TemporaryDirectory() as folder:
 
-        def cold(seed):
-            return train_process(f"{folder}/cold-{seed}", plan.cold | tiny | {"steps": 0, "seed": seed})
+        def cold_folder(setting, seed):
+            return f"{folder}/cold-{plan.settings[setting].get('fork_prior')}-{seed}"
+
+        def cold(job):
+            setting, seed = job
+            prior = (
+                {"fork_prior": plan.settings[setting]["fork_prior"]} if "fork_prior" in plan.settings[setting] else {}
+            )
+            train_process(cold_folder(*job), plan.cold | prior | tiny | {"steps": 0, "seed": seed})
 
         def run(setting, seed):
             out = f"{folder}/{setting}-{seed}"
-            start = {"init": f"{folder}/cold-{seed}"}
+            start = {"init": cold_folder(setting, seed)}
             train_process(out, plan.flags | plan.settings[setting] | tiny | start | {"seed": seed})
             log = train_rl.read_log(f"{out}/log.csv")
             return [{"setting": setting, "seed": seed} | {c: row.get(c, "") for c in KEPT} for row in log]
 
-        in_parallel(cold, seeds, "cold starts")
         jobs = [(setting, seed) for seed in seeds for setting in plan.settings]
+        in_parallel(cold, list({cold_folder(*job): job for job in jobs}.values()), "cold starts")
         runs = in_parallel(lambda job: run(*job), jobs, "runs")
     return [row for rows in runs for row in rows]
 
@@ -957,6 +965,78 @@ def compare_algorithms(logs):
     return f"CISPO takes {', '.join(told)}. The report says 0.5 of DAPO's (32 B parameters, AIME)."
 
 
+def algos(flags):
+    """The study `algos`, or with --full the map of where CISPO helps: fork prior x updates x learning rate."""
+    return regime_map(flags) if flags.full else study("algos", flags)
+
+
+PRIORS, UPDATES, RATES, RACERS = (0.01, 0.05, 0.2), (4, 16), (1e-4, 2e-4, 4e-4), ("cispo", "dapo", "grpo")
+
+
+def regime_map(flags):
+    """CISPO's steps to a fork rate of 50 % as a part of the others', over the regime: algos-map.csv, algos-map.png."""
+    path = Path(flags.out) / "algos-map.csv"
+    cells = list(itertools.product(PRIORS, UPDATES, RATES))
+    if not flags.redraw:
+        settings = {
+            f"{prior:g} {k} {lr:g} {algo}": {"fork_prior": prior, "updates_per_rollout": k, "lr": lr, "algo": algo}
+            for (prior, k, lr), algo in itertools.product(cells, RACERS)
+        }
+        logs = {}
+        for row in run_study(dataclasses.replace(STUDIES["algos"], settings=settings), flags.quick):
+            logs.setdefault((row["setting"], row["seed"]), []).append({c: x for c, x in row.items() if x != ""})
+        rows = []
+        for (setting, seed), log in logs.items():
+            row = {**settings[setting], "seed": seed, "area": f"{area(log, 'accuracy'):.4g}"}
+            row |= {f"steps_{c}": f"{steps_to(log, c, level):.4g}" for c, level in THRESHOLDS.items()}
+            rows.append(row | {"final": last(log, "accuracy")})
+        write_csv(path, rows)
+    runs = {}
+    for row in read_csv(path):
+        key = row["fork_prior"], int(row["updates_per_rollout"]), row["lr"], row["algo"]
+        runs.setdefault(key, []).append(row)
+
+    def part(cell, other, column):
+        """CISPO's steps over the other's, seed by seed."""
+        return [a[column] / b[column] for a, b in zip(runs[(*cell, "cispo")], runs[(*cell, other)])]
+
+    table = []
+    for cell in cells:
+        row = dict(zip(("fork prior", "updates", "learning rate"), map("{:g}".format, cell)))
+        row |= {
+            f"{algo}, final": f"{statistics.median(r['final'] for r in runs[(*cell, algo)]):.2f}" for algo in RACERS
+        }
+        row |= {f"cispo / {other}": interval(part(cell, other, "steps_fork_rate")) for other in RACERS[1:]}
+        table.append(row)
+    print("CISPO's steps to a fork rate of 50 %, as a part of the other's: median over seeds [95 % bootstrap interval]")
+    print_table(table, {title: f"{{{title}}}" for title in table[0]})
+    with picture(Path(flags.out) / "algos-map.png", 1, 2, figsize=(10, 3.8)) as axes:
+        for axis, other in zip(axes, RACERS[1:]):
+            grid = [
+                [statistics.median(part((p, k, lr), other, "steps_fork_rate")) for lr in RATES]
+                for p, k in itertools.product(PRIORS, UPDATES)
+            ]
+            image = axis.imshow(grid, cmap="RdBu", vmin=0.5, vmax=1.5, aspect="auto")
+            for y, x in itertools.product(range(len(grid)), range(len(RATES))):
+                axis.text(x, y, f"{grid[y][x]:.2f}", ha="center", va="center")
+            axis.set_xticks(range(len(RATES)), [f"{lr:g}" for lr in RATES])
+            axis.set_yticks(range(len(grid)), [f"{p:g}, {k}" for p, k in itertools.product(PRIORS, UPDATES)])
+            axis.set(title=f"steps of CISPO / {other}", xlabel="learning rate", ylabel="fork prior, updates")
+        axes[0].figure.colorbar(image, ax=axes, label="below 1: CISPO is faster")
+    for prior, k in itertools.product(PRIORS, UPDATES):
+        best = {
+            a: max(RATES, key=lambda lr: statistics.median(r["area"] for r in runs[prior, k, lr, a])) for a in RACERS
+        }
+        told = []
+        for other in RACERS[1:]:
+            pairs = zip(runs[prior, k, best["cispo"], "cispo"], runs[prior, k, best[other], other])
+            told.append(
+                f"{interval([a['steps_fork_rate'] / b['steps_fork_rate'] for a, b in pairs])} of {other}'s steps"
+            )
+        rates = ", ".join(f"{algo} {lr:g}" for algo, lr in best.items())
+        print(f"prior {prior:g}, {k} updates, each at its best learning rate ({rates}): CISPO takes {', '.join(told)}")
+
+
 PRESSURE = {"updates_per_rollout": 16, "steps": 36, "eval_every": 3, "eval_problems": 150, "eval_samples": 4}
 RARE_FORK = {"fork_prior": 0.01}  # the regime of the report: the token that matters is rare
 STUDIES = {
@@ -966,6 +1046,13 @@ STUDIES = {
         PRESSURE,
         RARE_FORK,
         verdict=compare_algorithms,
+    ),
+    "control": Study(
+        "no planted fork: every response is a chain that is half learnt",
+        {algo: {"algo": algo} for algo in ("cispo", "dapo", "grpo", "reinforce")},
+        PRESSURE,
+        {"fork_prior": 1.0, "sft_skill": 0.5},
+        curves=("accuracy", "entropy", "ess"),
     ),
     "eps": Study(
         "the cap on CISPO's weight",
@@ -1230,6 +1317,9 @@ class Flags:
     out: str = flag("figures", "folder for CSV and PNG files", "files")
     redraw: bool = flag(False, "only draw the picture, from the CSV files that are there", "files")
     sweep: bool = flag(False, "kernel: time its block sizes instead", "sizes")
+    full: bool = flag(
+        False, "algos: the map over fork prior, updates and learning rate (15 minutes on 16 cores)", "sizes"
+    )
     quick: bool = flag(
         False, "length, forms, cpu: tiny sizes, to see that they work; traps: no tests; needs --out", "sizes"
     )
@@ -1241,7 +1331,7 @@ class Flags:
 
 BENCHES = {"flops": flops, "length": length, "forms": forms, "cpu": cpu, "main": main_job, "traps": traps}
 BENCHES |= {"kernel": kernel, "decode-step": decode_step, "forks": forks, "hybrid": hybrid}
-BENCHES |= {name: functools.partial(study, name) for name in STUDIES}
+BENCHES |= {name: functools.partial(study, name) for name in STUDIES} | {"algos": algos}
 
 
 @command_line

@@ -1736,6 +1736,30 @@ def test_hybrid_runs_every_mixture_of_layers_that_it_names(tmp_path, capsys, mon
     assert "0.25 [0.25, 0.25]" in capsys.readouterr().out
 
 
+def test_the_map_of_the_regime_divides_cispos_steps_by_the_others_and_picks_each_ones_best_rate(
+    tmp_path, capsys, monkeypatch
+):
+    def pretend(plan, quick=False):
+        rows = []
+        for name, setting in plan.settings.items():
+            train_rl.Flags(preset="tiny", **{**plan.flags, **setting})
+            speed = {"cispo": 2, "dapo": 1, "grpo": 0.5}[setting["algo"]] * (2 if setting["lr"] == 4e-4 else 1)
+            for seed in range(3):
+                for step in range(0, 41, 4):
+                    height = min(step * speed / 40, 1)
+                    rows.append({"setting": name, "seed": seed, "step": step, "accuracy": height, "fork_rate": height})
+        return rows
+
+    monkeypatch.setattr(bench, "run_study", pretend)
+    bench.main(["algos", "--full", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "each at its best learning rate (cispo 0.0004, dapo 0.0004, grpo 0.0004)" in said
+    assert "0.5 [0.5, 0.5] of dapo's steps, 0.25 [0.25, 0.25] of grpo's steps" in said
+    assert len(bench.read_csv(tmp_path / "algos-map.csv")) == 3 * 2 * 3 * 3 * 3
+    bench.main(["algos", "--full", "--redraw", "--out", str(tmp_path)])
+    assert capsys.readouterr().out == said and (tmp_path / "algos-map.png").stat().st_size > 5000
+
+
 def test_every_study_asks_for_flags_that_exist():
     for plan in bench.STUDIES.values():
         for setting in plan.settings.values():
