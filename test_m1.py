@@ -1107,6 +1107,9 @@ def test_difficulty_and_with_it_the_longest_response_rise_when_rollouts_are_righ
         moves.append(curriculum.now.moves)
     assert moves == [4, 4, 4, 4, 4, 5, 5, 5, *[6] * 7]  # 0.77 on average is not enough; then three steps at each
     assert curriculum.now.longest == flags.longest + 2 and len(curriculum.now.held_out[0].chain) == 6
+    rng = random.Random(0)  # the cold start has them all, or what is harder would never be right
+    shown = [train_rl.demonstrations(flags, rng, TOKENIZER, 6, "cpu") for _ in range(12)]
+    assert {batch.tokens.shape[1] for batch in shown} == {14, 16, 18}  # a prompt of n + 2, a chain of n + 4 tokens
     again = train_rl.Curriculum(flags, **curriculum.state)
     assert again == curriculum and again.now == curriculum.now
 

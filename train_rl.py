@@ -130,7 +130,12 @@ class Flags:
     window_decay: float = flag(
         1.0, "each new window multiplies max_grad_norm and eps_high (report sec. 5)", "curriculum", above=0, at_most=1
     )
-    max_moves: int = flag(None, "moves rise to this as rollouts get right (report sec. 4)", "curriculum", at_least=1)
+    max_moves: int = flag(
+        None,
+        "moves rise to this as rollouts get right (report sec. 4); the cold start has all",
+        "curriculum",
+        at_least=1,
+    )
     filter_problems: int = flag(
         0, "RL on those of so many with 0 < pass@10 < 0.9 before it; 0 = off (report sec. 4)", "curriculum", at_least=0
     )
@@ -227,7 +232,8 @@ def trained_logp(model, batch, temperature=1.0, with_entropy=False):
 
 def demonstrations(flags, rng, tokenizer, n, device):
     """n cold-start demonstrations as a Batch. A fork that is not learned from stays visible as input."""
-    problems = tasks.draw(rng, n, flags.task_names, flags.moves)
+    moves = rng.randint(flags.moves, flags.max_moves) if flags.max_moves else flags.moves
+    problems = tasks.draw(rng, n, flags.task_names, moves)
     texts = [tasks.demonstration(p, rng, flags.fork_prior) for p in problems]
     prompts = [tokenizer.encode(p.prompt) for p in problems]
     responses = [[*tokenizer.encode(text, specials=True), tokenizer.eos_id] for text, _ in texts]
@@ -302,7 +308,8 @@ def mean(values):
 
 
 def chain_skill(model, tokenizer, flags, n=96):
-    """Share of training problems solved when the fork is set and the likeliest chain follows."""
+    """Share of training problems, the hardest of a run, solved when the fork is set and the likeliest chain follows."""
+    flags = dataclasses.replace(flags, moves=flags.max_moves, max_moves=None) if flags.max_moves else flags
     problems = tasks.draw(random.Random("skill"), n, flags.task_names, flags.moves)
     forced = [dataclasses.replace(p, prompt=p.prompt + tasks.FORK) for p in problems]
     return mean(s.correct for s in respond(model, tokenizer, forced, flags, 0, temperature=0)[1])
