@@ -155,7 +155,7 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
     """
     dtype, acc = q.dtype, _accumulator(q.dtype)
     q, k, v = (x.to(acc).transpose(1, 2) for x in (q, k, v))  # (B, H, L, .)
-    L, C = q.shape[2], max(min(chunk, q.shape[2]), 1)
+    C = max(min(chunk, q.shape[2]), 1)
     state = None if state is None else state.to(acc)
 
     steps = torch.arange(C + 1, device=q.device)

@@ -908,6 +908,7 @@ def test_a_used_up_thinking_budget_closes_the_thinking_and_the_token_is_not_trai
 
 
 def test_a_looping_response_is_stopped():
+    torch.manual_seed(0)
     model = MiniMaxM1(M1Config.preset("tiny", num_hidden_layers=1))
     with torch.no_grad():
         model.lm_head.weight *= 1e6  # every token is certain
@@ -945,7 +946,9 @@ def test_the_ratio_is_exactly_one_at_the_first_minibatch_and_moves_after_it():
     for k in (1, 3):
         log, _ = train_rl.update(model, optimizer, experience, dataclasses.replace(flags, updates_per_rollout=k), 1e-3)
         ratios[k] = (log["ratio_min"], log["ratio_max"])
-        assert k > 1 or log["logp_gap"] < 2e-5  # the rollout's temperature is that of training
+        assert (
+            k > 1 or 0 < log["logp_gap_mean"] < log["logp_gap"] < 2e-5
+        )  # the rollout's temperature is that of training
     assert ratios[1] == (1.0, 1.0) and ratios[3][0] < 1 < ratios[3][1]
 
 
@@ -1007,9 +1010,9 @@ def test_a_bf16_head_rounds_logits_and_other_settings_reach_what_they_set(tmp_pa
     seen = {}
     step = train_rl.rl_step
 
-    def spy(model, tokenizer, optimizer, flags, n):
+    def spy(model, tokenizer, optimizer, *rest):
         seen.update(model=model, eps=optimizer.param_groups[0]["eps"])
-        return step(model, tokenizer, optimizer, flags, n)
+        return step(model, tokenizer, optimizer, *rest)
 
     monkeypatch.setattr(train_rl, "rl_step", spy)
     arguments = ["--head", "bf16", "--adam-eps", "1e-8", "--router-coef", "0.25", "--out", str(tmp_path / "run")]
@@ -1083,6 +1086,145 @@ def test_only_informative_groups_are_kept_and_too_few_of_them_ask_for_more_promp
     assert train_rl.collect(small_model(), TOKENIZER, flags, step=1).batch is None
 
 
+def truncated_experience(monkeypatch, truncated):
+    """Two groups of three responses of 5 tokens, the middle one of each cut by its length, and the flags."""
+    flags = train_rl.Flags(prompts=2, group_size=3, moves=2, eval_problems=3, min_groups=2, truncated=truncated,
+                           max_new_tokens=5, updates_per_rollout=1)  # fmt: skip
+
+    def respond(*_):
+        scores = [tasks.Score(r, r > 0, r > 0, False) for r in [1.0, 0, 0] * 2]
+        tokens, ones = torch.arange(30).view(6, 5), torch.ones(6, 5)
+        return sample.Rollout(tokens, -ones, ones.bool(), 5 * ones[:, 0].long(), ["eos", "length", "eos"] * 2), scores
+
+    monkeypatch.setattr(train_rl, "respond", respond)
+    return flags, train_rl.collect(small_model(), TOKENIZER, flags, step=1)
+
+
+def test_a_truncated_response_can_be_masked_so_that_it_has_a_reward_but_no_gradient(monkeypatch):
+    trained, rewards = {}, {}
+    for truncated in ("score", "mask", "penalise"):
+        flags, experience = truncated_experience(monkeypatch, truncated)
+        trained[truncated], rewards[truncated] = experience.batch.trained.sum(1).tolist(), experience.rewards.tolist()
+        assert len(experience.infer_logp) == sum(trained[truncated])
+    assert trained == {"score": [5] * 6, "mask": [5, 0, 5] * 2, "penalise": [5] * 6}
+    assert rewards == {"score": [1, 0, 0] * 2, "mask": [1, 0, 0] * 2, "penalise": [1, -1, 0] * 2}
+
+    weights = {}
+    for truncated in ("score", "mask"):  # other tokens at the end of the cut responses: does training see them?
+        for change in (0, 7):
+            flags, experience = truncated_experience(monkeypatch, truncated)
+            experience.batch.tokens[[1, 4], -1] += change
+            model = small_model(router_aux_loss_coef=0.0)
+            train_rl.update(model, train_rl.make_optimizer(model, 0.0), experience, flags, 1e-2)
+            weights[truncated, change] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert torch.equal(weights["mask", 0], weights["mask", 7])
+    assert not torch.equal(weights["score", 0], weights["score", 7])
+
+
+def test_a_verifier_that_crashes_costs_one_reward_and_a_line(monkeypatch, capsys):
+    flags = train_rl.Flags(prompts=3, group_size=2, moves=2, eval_problems=3, min_groups=1, resample=0,
+                           max_new_tokens=4, updates_per_rollout=1)  # fmt: skip
+    calls, real = [], tasks.score
+
+    def score(problem, text, ended):
+        calls.append(problem)
+        if len(calls) == 2:
+            raise RecursionError("two\nlines")
+        return dataclasses.replace(real(problem, text, ended), reward=1.0)
+
+    monkeypatch.setattr(tasks, "score", score)
+    seen = train_rl.collect(MiniMaxM1(M1Config.preset("tiny", num_hidden_layers=1)), TOKENIZER, flags, 1).seen
+    line = capsys.readouterr().out
+    assert len(calls) == 6 and seen["crashes"] == 1 and seen["reward"] == pytest.approx(5 / 6)
+    assert line.count("\n") == 1 and calls[1].prompt in line and "RecursionError" in line
+
+
+def test_a_run_ends_looping_responses_after_its_repetition_stop():
+    torch.manual_seed(0)
+    model = MiniMaxM1(M1Config.preset("tiny", num_hidden_layers=1))
+    with torch.no_grad():
+        model.lm_head.weight *= 1e6  # every token is certain
+    problems = tasks.draw(random.Random(0), 2, ["mod"], 3)
+    for stop, length in ((3, 3), (0, 9), (3000, 9)):
+        flags = train_rl.Flags(moves=3, eval_problems=6, repetition_stop=stop, max_new_tokens=9)
+        assert train_rl.respond(model, TOKENIZER, problems, flags, 0)[0].lengths.tolist() == [length] * 2
+
+
+def seen_in(curriculum, steps, perplexity=2.0, length_p99=10, correct=0.0):
+    """The window after each of these steps, in all of which a curriculum sees the same; perplexity may be a list."""
+    values, windows = perplexity if isinstance(perplexity, list) else [perplexity] * len(steps), []
+    for step, value in zip(steps, values):
+        curriculum.observe(step, dict(perplexity=value, length_p99=length_p99, correct=correct))
+        windows.append(curriculum.window)
+    return windows
+
+
+def test_a_window_opens_exactly_when_perplexity_has_converged_and_lengths_near_the_limit(monkeypatch):
+    monkeypatch.setattr(train_rl.Curriculum, "STEPS", 2)
+    flags = train_rl.Flags(windows="10,20,30", window_decay=0.5, max_grad_norm=0.8, eps_high=4.0)
+    steps = range(1, 10)
+    assert seen_in(train_rl.Curriculum(flags), steps, length_p99=8) == [0] * 9  # far from the limit
+    falling = [2.0 * 0.98**step for step in steps]
+    assert seen_in(train_rl.Curriculum(flags), steps, falling, length_p99=10) == [0] * 9  # not converged
+    both = train_rl.Curriculum(flags)
+    assert seen_in(both, steps, length_p99=9) == [0, 0, 0, 1, 1, 1, 1, 1, 1]  # 9 is near 10, not near 20
+    assert (
+        seen_in(both, steps, [3.0, 3.0, *[2.0] * 7], length_p99=20) == [1, 1, 1, 2, 2, 2, 2, 2, 2] or both.window == 2
+    )
+    now = both.now
+    assert (now.longest, now.max_grad_norm, now.eps_high) == (30, 0.2, 1.0) and now.moves == flags.moves
+    assert train_rl.Curriculum(flags).now.longest == 10 and flags.longest == 30  # evaluations are allowed the last
+    jump = train_rl.Curriculum(dataclasses.replace(flags, jump_at=7))
+    assert seen_in(jump, steps) == [0] * 5 + [2] * 4  # after step 6, for step 7
+    assert train_rl.Curriculum(train_rl.Flags()).now == train_rl.Flags()
+
+
+def test_difficulty_and_with_it_the_longest_response_rise_when_rollouts_are_right(monkeypatch):
+    monkeypatch.setattr(train_rl.Curriculum, "STEPS", 3)
+    flags = train_rl.Flags(moves=4, max_moves=6, eval_problems=60)
+    curriculum, moves = train_rl.Curriculum(flags), []
+    for step, correct in enumerate([0.9, 0.9, 0.5, 0.9, 0.9, 0.9, *[1.0] * 9]):
+        curriculum.observe(step, dict(perplexity=1.0, length_p99=1, correct=correct))
+        moves.append(curriculum.now.moves)
+    assert moves == [4, 4, 4, 4, 4, 5, 5, 5, *[6] * 7]  # 0.77 on average is not enough; then three steps at each
+    assert curriculum.now.longest == flags.longest + 2 and len(curriculum.now.held_out[0].chain) == 6
+    rng = random.Random(0)  # the cold start has them all, or what is harder would never be right
+    shown = [train_rl.demonstrations(flags, rng, TOKENIZER, 6, "cpu") for _ in range(12)]
+    assert {batch.tokens.shape[1] for batch in shown} == {14, 16, 18}  # a prompt of n + 2, a chain of n + 4 tokens
+    again = train_rl.Curriculum(flags, **curriculum.state)
+    assert again == curriculum and again.now == curriculum.now
+
+
+def test_the_filter_keeps_what_the_start_model_solves_sometimes_and_rl_draws_from_that_alone(monkeypatch, capsys):
+    flags = train_rl.Flags(
+        prompts=8, group_size=2, moves=9, eval_problems=3, filter_problems=100, updates_per_rollout=1
+    )
+    rates, n_right = {}, iter([*range(11)] * 10)
+
+    def respond(model, tokenizer, problems, flags, seed, group_size=1, temperature=1.0):
+        scores = []
+        for problem in problems:
+            rates[problem.prompt] = next(n_right, 0)
+            right = [i < rates[problem.prompt] for i in range(group_size)]
+            scores += [tasks.Score(float(r), r, True, False) for r in right]
+        ones = torch.ones(len(scores), 1)
+        return sample.Rollout(ones.long(), -ones, ones.bool(), ones[:, 0].long(), ["eos"] * len(scores)), scores
+
+    monkeypatch.setattr(train_rl, "respond", respond)
+    curriculum = train_rl.Curriculum(flags)
+    assert curriculum.pool is None
+    curriculum = train_rl.Curriculum(flags, kept=train_rl.filter_problems(None, TOKENIZER, flags))
+    assert curriculum.kept == [0 < i % 11 < 9 for i in range(100)]
+    assert "100 problems, 72 kept, 10 never right, 18 too easy" in capsys.readouterr().out
+    assert [p.prompt for p in curriculum.pool] == [p for p, keep in zip(rates, curriculum.kept) if keep]
+    tried = set(rates)
+    rates.clear()
+    train_rl.collect(small_model(), TOKENIZER, flags, 1, curriculum.pool)
+    assert rates.keys() <= {p.prompt for p in curriculum.pool} < tried
+    with pytest.raises(ValueError, match="keeps none"):  # no response is right any more
+        train_rl.filter_problems(None, TOKENIZER, flags)
+
+
 def test_evaluation_uses_held_out_problems_only(monkeypatch):
     seen = []
 
@@ -1133,24 +1275,28 @@ def finished(folder):
     return log, {f.name: f.read_bytes() for f in last.glob("*.safetensors")}, moments
 
 
-def test_a_run_killed_ten_times_ends_with_the_same_bits_as_an_undisturbed_one(run, tmp_path):
+EAGER = "Curriculum.STEPS, Curriculum.CONVERGED, Curriculum.NEAR, Curriculum.EASY = 3, 0.1, 0.5, 0.0"
+
+
+def test_a_run_killed_ten_times_ends_with_the_same_bits_as_an_undisturbed_one(run, tmp_path, monkeypatch):
+    """Windows open and problems get harder on the way, by rules eager enough for a model that has learnt little."""
+    argv = f"--steps 40 --eval-every 20 --checkpoint-every 1 --init {run[0] / 'step-000000'} --windows 5,6,8,9 "
     argv = [
         *TINY_RUN,
-        "--steps",
-        "40",
-        "--eval-every",
-        "20",
-        "--checkpoint-every",
-        "1",
-        "--init",
-        str(run[0] / "step-000000"),
+        *(argv + "--window-decay 0.9 --max-moves 12 --truncated mask --overlong-buffer 0 --lr 1e-3").split(),
     ]
+    for name in ("STEPS", "CONVERGED", "NEAR", "EASY"):
+        monkeypatch.setattr(train_rl.Curriculum, name, getattr(train_rl.Curriculum, name))  # to be undone
+    exec(EAGER, {"Curriculum": train_rl.Curriculum})
     train_rl.main([*argv, "--out", str(tmp_path / "whole")])
+    log = train_rl.read_log(tmp_path / "whole/log.csv")[1:]
+    assert len({row["window"] for row in log}) > 2 and len({row["moves"] for row in log}) > 2
 
     folder, rng, at = tmp_path / "killed", random.Random(0), [""]
+    code = f"import sys, train_rl; from train_rl import Curriculum; {EAGER}; train_rl.main(sys.argv[1:])"
     for _ in range(10):
         command = ["--resume", str(folder)] if at[-1] else [*argv, "--out", str(folder)]
-        child = subprocess.Popen([sys.executable, HERE / "train_rl.py", *command], stdout=subprocess.DEVNULL)
+        child = subprocess.Popen([sys.executable, "-c", code, *command], stdout=subprocess.DEVNULL, cwd=HERE)
         while child.poll() is None and newest(folder) == at[-1]:  # until a step more is saved
             time.sleep(0.001)
         time.sleep(rng.random() * 0.15)  # so as to strike at any moment of the next steps, saving included
@@ -1161,6 +1307,41 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits_as_an_undisturbed_one(ru
     assert finished(folder) == finished(tmp_path / "whole")
     assert not list(folder.glob(".*.writing*")) and len(list(folder.glob("step-*"))) == 3
     assert len(set(at)) == 11
+
+
+def test_a_filtered_run_goes_on_with_the_same_problems_and_saves_whenever_minutes_have_passed(
+    run, tmp_path, monkeypatch
+):
+    argv = f"--init {run[0] / 'step-000000'} --filter-problems 64 --task mod --moves 1 --eval-problems 1 --steps"
+    monkeypatch.setattr(train_rl, "filter_problems", lambda *_: [i % 9 == 0 for i in range(64)])
+    argv = [*TINY_RUN, *argv.split()]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    train_rl.main(
+        [*argv, "4", "--checkpoint-every", "99", "--checkpoint-minutes", "1e-9", "--keep", "9", "--out", str(whole)]
+    )
+    assert [f.name[-1] for f in sorted(whole.glob("step-*"))] == ["0", "1", "2", "3", "4"]
+    train_rl.main([*argv, "2", "--out", str(parted)])
+    monkeypatch.setattr(train_rl, "filter_problems", None)  # not tried again
+    train_rl.main(["--resume", str(parted), "--steps", "4"])
+    assert finished(parted) == finished(whole)
+
+
+def test_a_run_of_an_older_version_goes_on_with_its_own_columns(run, tmp_path):
+    folder, new = tmp_path / "old", ("windows", "truncated", "max_moves", "filter_problems")
+    shutil.copytree(run[0], folder)
+    stored = json.loads((folder / "run.json").read_text())
+    stored["flags"] = {name: x for name, x in stored["flags"].items() if name not in new}
+    (folder / "run.json").write_text(json.dumps(stored))
+    rows = list(csv.DictReader(open(folder / "log.csv")))
+    with open(folder / "log.csv", "w", newline="") as file:
+        log = csv.DictWriter(file, [c for c in rows[0] if c not in ("window", "crashes")], extrasaction="ignore")
+        log.writeheader()
+        log.writerows(rows)
+    train_rl.main(["--resume", str(folder), "--steps", "4"])
+    log = train_rl.read_log(folder / "log.csv")
+    assert len(log) == 5 and log[4]["step"] == 4 and log[4]["moves"] == 3 and "window" not in log[4]
+    with pytest.raises(SystemExit):
+        train_rl.main(["--resume", str(folder), "--steps", "5", "--windows", "9"])
 
 
 def newest(folder):
@@ -2123,6 +2304,22 @@ BAD_FLAGS = {
     "train_rl --max-grad-norm 0": "above 0",
     "train_rl --keep 0": "at least 1",
     "train_rl --device tpu": "one of auto, cpu, cuda",
+    "train_rl --truncated drop": "one of score, mask, penalise",
+    "train_rl --truncated penalise --overlong-buffer 2": "leave out one",
+    "train_rl --repetition-stop -1": "at least 0",
+    "train_rl --windows 9,8": "rising numbers of tokens",
+    "train_rl --windows 0,8": "rising numbers of tokens",
+    "train_rl --windows 8,many": "rising numbers of tokens",
+    "train_rl --windows ,": "rising numbers of tokens",
+    "train_rl --windows 8,9 --overlong-buffer 9": "more than the first of windows",
+    "train_rl --windows 8,9 --max-new-tokens 9": "leave out --max-new-tokens",
+    "train_rl --jump-at 3": "need --windows",
+    "train_rl --windows 8,9 --jump-at 1": "at least 2",
+    "train_rl --window-decay 0.5": "need --windows",
+    "train_rl --max-moves 5": "--moves 6 is more than --max-moves 5",
+    "train_rl --max-moves 8 --filter-problems 9": "leave out --max-moves",
+    "train_rl --filter-problems -1": "at least 0",
+    "train_rl --checkpoint-minutes 0": "above 0",
     "train_rl --init nowhere": "nowhere",
     "train_rl --init parity --preset tiny": "leave out --preset",
     "train_rl --init parity": "tokenizer",

@@ -7,12 +7,13 @@
 
 One RL step:
     problems -> sample.generate -> rewards -> cispo.group_advantages -> k times: log-probs -> cispo.policy_loss -> AdamW
+Curriculum decides how long responses may be and how hard problems are, step by step.
 
     1. Flags                 Flags
     2. Data                  Batch, demonstrations
     3. Evaluation            evaluate, chain_skill
     4. Cold start            cold_start
-    5. Reinforcement         collect, update
+    5. Reinforcement         Curriculum, filter_problems, collect, update
     6. The run folder        new_folder, save_checkpoint, reopen, is_it_normal
     7. The run               train, main
 
@@ -80,6 +81,7 @@ class Flags:
     eval: str = flag(None, "score this run or model directory and stop", "run")
     resume: str = flag(None, "go on with this run folder; --steps, --keep and --device may change", "run")
     checkpoint_every: int = flag(5, "RL steps between checkpoints", "run", at_least=1)
+    checkpoint_minutes: float = flag(None, "besides, a checkpoint whenever so many have passed (ours)", "run", above=0)
     keep: int = flag(2, "newest checkpoints to keep, besides the one after the cold start", "run", at_least=1)
 
     preset: str = flag(None, "tiny, small or base; none = tiny, or the size of --init", "model", choices=tuple(PRESETS))
@@ -103,6 +105,9 @@ class Flags:
     warmup: int = flag(5, "RL steps over which the learning rate rises", "reinforcement", at_least=0)
     temperature: float = flag(1.0, "of rollouts and of the log-probs trained on", "reinforcement", at_least=0.01)
     max_new_tokens: int = flag(None, "longest response; none = longest right one + 6", "reinforcement", at_least=1)
+    repetition_stop: int = flag(
+        3000, "tokens in a row of p > 0.99 that end a response; 0 = off (report sec. 3.2)", "reinforcement", at_least=0
+    )
     min_groups: int = flag(4, "fewest prompts with unequal rewards that make an update", "reinforcement", at_least=1)
     resample: int = flag(2, "how often to draw more prompts when there are too few", "reinforcement", at_least=0)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "reinforcement", above=0)
@@ -121,6 +126,25 @@ class Flags:
     overlong_buffer: int = flag(
         0, "soft penalty over the last so many tokens of a response; 0 = off", "loss", at_least=0
     )
+    truncated: str = flag(
+        "score", "a response cut by its length: score = earns nothing; mask = carries no loss, its reward still counts "
+        "(DAPO's overlong filtering); penalise = earns 1 less (ours)", "loss", choices=("score", "mask", "penalise"),
+    )  # fmt: skip
+
+    windows: str = flag(None, "longest response in tokens, in stages such as 40,48,56 (report sec. 5)", "curriculum")
+    jump_at: int = flag(None, "the control: from this RL step on the last window (ours)", "curriculum", at_least=2)
+    window_decay: float = flag(
+        1.0, "each new window multiplies max_grad_norm and eps_high (report sec. 5)", "curriculum", above=0, at_most=1
+    )
+    max_moves: int = flag(
+        None,
+        "moves rise to this as rollouts get right (report sec. 4); the cold start has all",
+        "curriculum",
+        at_least=1,
+    )
+    filter_problems: int = flag(
+        0, "RL on those of so many with 0 < pass@10 < 0.9 before it; 0 = off (report sec. 4)", "curriculum", at_least=0
+    )
 
     eval_every: int = flag(5, "RL steps between evaluations", "evaluation", at_least=1)
     eval_problems: int = flag(300, "held-out problems", "evaluation", at_least=1)
@@ -130,11 +154,27 @@ class Flags:
         """Refuse what cannot work before anything is written or computed."""
         check_flags(self)
         cispo.weight_range(self.algo, self.eps_low, self.eps_high)
+        limits = self.window_limits
+        refused = {
+            "--init brings its own model size: leave out --preset": self.init and self.preset,
+            f"--windows must be rising numbers of tokens such as 40,48,56, found {self.windows!r}":
+                self.windows is not None and not (limits and [0, *limits] == sorted({0, *limits})),
+            f"overlong_buffer {self.overlong_buffer} is more than the first of windows {self.windows}; lower it":
+                limits and limits[0] < self.overlong_buffer,
+            "--windows sets the longest response: leave out --max-new-tokens": limits and self.max_new_tokens,
+            "--jump-at and --window-decay need --windows": not limits and (self.jump_at or self.window_decay < 1),
+            f"--moves {self.moves} is more than --max-moves {self.max_moves}":
+                self.max_moves and self.max_moves < self.moves,
+            "--filter-problems is for one difficulty: leave out --max-moves": self.filter_problems and self.max_moves,
+            "--truncated penalise and --overlong-buffer lower the same rewards: leave out one":
+                self.truncated == "penalise" and self.overlong_buffer,
+        }  # fmt: skip
+        for message, applies in refused.items():
+            if applies:
+                raise ValueError(message)
         for a, b in (("prompts", "updates_per_rollout"), ("prompts", "min_groups"), ("longest", "overlong_buffer")):
             if getattr(self, a) < getattr(self, b):
                 raise ValueError(f"{b} {getattr(self, b)} is more than there are {a}, {getattr(self, a)}; lower it")
-        if self.init and self.preset:
-            raise ValueError("--init brings its own model size: leave out --preset")
 
     @property
     def task_names(self):
@@ -147,8 +187,16 @@ class Flags:
         return tasks.draw(random.Random("held-out"), self.eval_problems, self.task_names, self.moves, held_out=True)
 
     @functools.cached_property
+    def window_limits(self):
+        """--windows as a list of tokens; empty without windows, or where one is no number."""
+        parts = (self.windows or "").split(",")
+        return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else []
+
+    @functools.cached_property
     def longest(self):
         """Longest response in tokens."""
+        if self.window_limits:
+            return self.window_limits[-1]  # of the run as a whole, and so of its evaluations
         worked = max(len((p.chain + p.answer).encode()) for p in self.held_out) + 3  # fork, </think>, end
         return worked + 6 if self.max_new_tokens is None else self.max_new_tokens
 
@@ -190,7 +238,8 @@ def trained_logp(model, batch, temperature=1.0, with_entropy=False):
 
 def demonstrations(flags, rng, tokenizer, n, device):
     """n cold-start demonstrations as a Batch. A fork that is not learned from stays visible as input."""
-    problems = tasks.draw(rng, n, flags.task_names, flags.moves)
+    moves = rng.randint(flags.moves, flags.max_moves) if flags.max_moves else flags.moves
+    problems = tasks.draw(rng, n, flags.task_names, moves)
     texts = [tasks.demonstration(p, rng, flags.fork_prior) for p in problems]
     prompts = [tokenizer.encode(p.prompt) for p in problems]
     responses = [[*tokenizer.encode(text, specials=True), tokenizer.eos_id] for text, _ in texts]
@@ -204,19 +253,28 @@ def demonstrations(flags, rng, tokenizer, n, device):
 
 
 def respond(model, tokenizer, problems, flags, seed, group_size=1, temperature=1.0):
-    """Responses to problems and their scores: (Rollout, [Score] * N)."""
+    """Responses to problems and their scores: (Rollout, [Score] * N). Where a verifier raises, the score is CRASHED."""
     prompts = [tokenizer.encode(p.prompt) for p in problems]
     rollout = generate(
         model, prompts, group_size=group_size, max_new_tokens=flags.longest, temperature=temperature, seed=seed,
         eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, think_end_id=tokenizer.think_end_id,
+        repetition_stop=flags.repetition_stop or math.inf,
     )  # fmt: skip
     scores = []
     for i, text in enumerate(response_texts(tokenizer, rollout)):
         closed = int((rollout.tokens[i] == tokenizer.think_end_id).sum())
         spelled = text.count(tasks.THINK_END) != closed  # byte by byte it is not the token, and no budget would see it
         ended = rollout.ended[i] in ("eos", "budget") and not spelled
-        scores.append(tasks.score(problems[i // group_size], text, ended))
+        problem = problems[i // group_size]
+        try:
+            scores.append(tasks.score(problem, text, ended))
+        except Exception as error:  # a verifier's bug costs this reward, not the run
+            tqdm.write(f"the verifier crashed on {problem.prompt!r} ({problem.task}), which earns nothing: {error!r}")
+            scores.append(CRASHED)
     return rollout, scores
+
+
+CRASHED = tasks.Score(0.0, False, False, False)  # told from an equal score by its identity
 
 
 def response_texts(tokenizer, rollout):
@@ -256,7 +314,8 @@ def mean(values):
 
 
 def chain_skill(model, tokenizer, flags, n=96):
-    """Share of training problems solved when the fork is set and the likeliest chain follows."""
+    """Share of training problems, the hardest of a run, solved when the fork is set and the likeliest chain follows."""
+    flags = dataclasses.replace(flags, moves=flags.max_moves, max_moves=None) if flags.max_moves else flags
     problems = tasks.draw(random.Random("skill"), n, flags.task_names, flags.moves)
     forced = [dataclasses.replace(p, prompt=p.prompt + tasks.FORK) for p in problems]
     return mean(s.correct for s in respond(model, tokenizer, forced, flags, 0, temperature=0)[1])
@@ -324,6 +383,91 @@ def cold_start(model, tokenizer, flags):
 # ============================================================================
 
 
+@dataclass
+class Curriculum:
+    """What changes as a run learns: how long responses may be, how hard problems are, which of them there are.
+
+    Windows (report sec. 5): a run moves to the next one after a step at which both hold (n = STEPS),
+      - the outputs' perplexity has converged: in this window, its mean over the last n steps differs by at most
+        CONVERGED, relatively, from its mean over the n steps before;
+      - their length nears the limit: its 99th percentile in this step is at least NEAR windows.
+    --jump-at takes the place of this rule. Window number w = 0, 1, ... scales clipping by window_decay ** w.
+    Moves (report sec. 4): one more after n steps at this difficulty in which on average EASY responses were right. The
+    longest response follows unless --windows or --max-new-tokens fixes it.
+    Evaluations know none of this: they keep the run's held-out problems and longest response. The numbers are ours.
+    """
+
+    STEPS, CONVERGED, NEAR, EASY = 5, 0.02, 0.9, 0.8
+
+    flags: Flags
+    window: int = 0
+    extra_moves: int = 0
+    perplexity: list = dataclasses.field(default_factory=list)  # the last 2 n steps' in this window
+    correct: list = dataclasses.field(default_factory=list)  # the last n steps' at this difficulty
+    kept: list = None  # what filter_problems returned
+
+    @property
+    def state(self):
+        """What a checkpoint holds: Curriculum(flags, **state) goes on from there."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]}
+
+    @property
+    def now(self):
+        """The flags of the coming step: the run's own at this window and difficulty."""
+        flags, limits = self.flags, self.flags.window_limits
+        if not (limits or self.extra_moves):
+            return flags
+        scale = flags.window_decay**self.window
+        return dataclasses.replace(
+            flags, windows=None, jump_at=None, window_decay=1.0, max_moves=None, moves=flags.moves + self.extra_moves,
+            max_new_tokens=limits[self.window] if limits else flags.max_new_tokens,
+            max_grad_norm=flags.max_grad_norm * scale, eps_high=flags.eps_high and flags.eps_high * scale,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def pool(self):
+        """The list of problems that RL draws from, None without --filter-problems."""
+        return self.kept and [p for p, keep in zip(candidates(self.flags), self.kept) if keep]
+
+    def observe(self, step, seen):
+        """Take in what was seen in a step's rollouts (see collect), once per step, and decide about the next step."""
+        flags, n, last = self.flags, self.STEPS, len(self.flags.window_limits) - 1
+        self.perplexity = [*self.perplexity, seen["perplexity"]][-2 * n :]
+        self.correct = [*self.correct, seen["correct"]][-n:]
+        if flags.jump_at:
+            self.window = last if step + 1 >= flags.jump_at else 0
+        elif self.window < last and len(self.perplexity) == 2 * n:
+            converged = abs(mean(self.perplexity[n:]) / mean(self.perplexity[:n]) - 1) <= self.CONVERGED
+            if converged and seen["length_p99"] >= self.NEAR * flags.window_limits[self.window]:
+                self.window, self.perplexity = self.window + 1, []
+        room = (flags.max_moves or 0) - flags.moves - self.extra_moves
+        if room > 0 and len(self.correct) == n and mean(self.correct) >= self.EASY:
+            self.extra_moves, self.correct = self.extra_moves + 1, []
+
+
+def candidates(flags):
+    """The --filter-problems training problems that are tried, the same ones whenever asked."""
+    rng = random.Random(substream(flags.seed, "filter"))
+    return tasks.draw(rng, flags.filter_problems, flags.task_names, flags.moves)
+
+
+def filter_problems(model, tokenizer, flags):
+    """Which candidates to train on, a list of bools: 1 to 8 of 10 responses of this model are right (report sec. 4).
+
+    Prints how many are kept and dropped; raises ValueError when none is kept.
+    """
+    problems, right = candidates(flags), []
+    for start in range(0, len(problems), 64):
+        seed, piece = substream(flags.seed, "filter", start), problems[start : start + 64]
+        _, scores = respond(model, tokenizer, piece, flags, seed, 10, flags.temperature)
+        right += [sum(s.correct for s in scores[i : i + 10]) for i in range(0, len(scores), 10)]
+    kept, easy = [0 < n < 9 for n in right], sum(n >= 9 for n in right)
+    print(f"filter: {len(kept)} problems, {sum(kept)} kept, {right.count(0)} never right, {easy} too easy", flush=True)
+    if not any(kept):
+        raise ValueError("--filter-problems keeps none; take more of them or another --moves")
+    return kept
+
+
 class Experience(NamedTuple):
     """The groups kept from one step's rollouts and what was seen in all of them."""
 
@@ -333,33 +477,38 @@ class Experience(NamedTuple):
     seen: dict  # means over everything sampled, dropped groups included
 
 
-def collect(model, tokenizer, flags, step):
+def collect(model, tokenizer, flags, step, pool=None):
     """Sample groups of responses, score them and keep the groups with unequal rewards (dynamic sampling, DAPO).
 
     More prompts are drawn while fewer than min_groups are kept, at most `resample` times. Returns an Experience, or
-    one whose batch is None when even then there are too few.
+    one whose batch is None when even then there are too few. Problems come from the list `pool`, None = new ones.
     """
     prompts, responses, learned, rewards, infer, rounds = [], [], [], [], [], 0
-    scores, lengths, all_rewards = [], [], []  # of everything sampled
+    scores, lengths, all_rewards, all_logp = [], [], [], []  # of everything sampled
     rng = random.Random(substream(flags.seed, "problems", step))
     while len(rewards) < flags.min_groups * flags.group_size and rounds <= flags.resample:
-        problems = tasks.draw(rng, flags.prompts, flags.task_names, flags.moves)
+        problems = pool and rng.choices(pool, k=flags.prompts)
+        problems = problems or tasks.draw(rng, flags.prompts, flags.task_names, flags.moves)
         seed = substream(flags.seed, "rollout", step, rounds)
         rollout, new_scores = respond(model, tokenizer, problems, flags, seed, flags.group_size, flags.temperature)
         reward = torch.tensor([s.reward for s in new_scores])
         if flags.overlong_buffer:
             reward += cispo.overlong_penalty(rollout.lengths.cpu(), flags.longest, flags.overlong_buffer)
+        cut = torch.tensor([why == "length" for why in rollout.ended])
+        reward -= (cut & (flags.truncated == "penalise")).float()
+        learn = rollout.mask & ~(cut & (flags.truncated == "mask")).to(rollout.mask.device)[:, None]
         kept = cispo.informative_groups(reward, flags.group_size).repeat_interleave(flags.group_size)
         for i in kept.nonzero()[:, 0].tolist():
             n = int(rollout.lengths[i])
             prompts.append(tokenizer.encode(problems[i // flags.group_size].prompt))
             responses.append(rollout.tokens[i, :n].tolist())
-            learned.append(rollout.mask[i, :n].tolist())
+            learned.append(learn[i, :n].tolist())
             rewards.append(float(reward[i]))
-            infer.append(rollout.logp[i][rollout.mask[i]])
+            infer.append(rollout.logp[i][learn[i]])
         scores += new_scores
         all_rewards += reward.tolist()
         lengths += rollout.lengths.tolist()
+        all_logp.append(rollout.logp[rollout.mask])
         rounds += 1
     seen = {
         "reward": mean(all_rewards),
@@ -367,6 +516,11 @@ def collect(model, tokenizer, flags, step):
         "well_formed": mean(s.well_formed for s in scores),
         "fork_rate": mean(s.forked for s in scores),
         "length": mean(lengths),
+        "length_p99": sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1],
+        "perplexity": math.exp(-float(torch.cat(all_logp).mean())),
+        "window": flags.longest,
+        "moves": flags.moves,
+        "crashes": sum(s is CRASHED for s in scores),
         "groups": len(rewards) // flags.group_size,
         "sampled_groups": rounds * flags.prompts,
     }
@@ -442,6 +596,9 @@ COLUMNS = [
     "kl_k1", "kl_k3", "ess",
     # training against rollout: correlation of probabilities, largest and mean difference of log-probs
     "prob_corr", "logp_gap", "logp_gap_mean",
+    # see Curriculum: longest response allowed and 99th percentile of lengths, tokens; exp of minus the mean log-prob of
+    # all sampled tokens; steps per problem. Responses whose verifier crashed
+    "window", "length_p99", "perplexity", "moves", "crashes",
     # experts: load-balancing loss (2 = balanced), share of tokens' choices that the busiest one got
     "router_loss", "busiest_expert", "seconds",
 ]  # fmt: skip
@@ -468,13 +625,13 @@ def write_file(path, text):
     os.replace(draft, path)
 
 
-def save_checkpoint(model, optimizer, folder, step, keep, seconds):
-    """Model (published layout) and optimizer as one new directory; `latest` then names it; older ones go.
+def save_checkpoint(model, optimizer, curriculum, folder, step, keep, seconds):
+    """Model (published layout), optimizer and curriculum as one new directory; `latest` then names it; older ones go.
 
     Nothing else needs saving: every random draw comes from a seed of its own (substream), never from what ran before.
     """
     name = f"step-{step:06d}"
-    state = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}
+    state = {"step": step, "seconds": seconds, "optimizer": optimizer.state_dict(), "curriculum": curriculum.state}
     save_pretrained(model, folder / name, trainer_state=state)
     write_file(folder / "latest", name + "\n")
     for old in sorted(folder.glob("step-*"))[1:-keep]:  # the first is the cold start's
@@ -482,7 +639,7 @@ def save_checkpoint(model, optimizer, folder, step, keep, seconds):
 
 
 def reopen(folder, optimizer, device, last_step):
-    """Make a run folder what it was at its newest checkpoint; returns that checkpoint's step and the seconds run.
+    """Make a run folder what it was at its newest checkpoint: its step, the seconds run, the state of its Curriculum.
 
     Loads the optimizer, then cuts log.csv back and removes what was being written when the run stopped. Changes nothing
     when the checkpoint is damaged or beyond last_step.
@@ -492,7 +649,7 @@ def reopen(folder, optimizer, device, last_step):
     try:
         state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-        step, seconds = int(state["step"]), float(state["seconds"])
+        step, seconds, curriculum = int(state["step"]), float(state["seconds"]), dict(state.get("curriculum", {}))
     except (pickle.UnpicklingError, RuntimeError, LookupError, EOFError, ValueError, TypeError, AttributeError):
         file = checkpoint / "trainer.pt"
         raise ValueError(f"{file} is damaged; point {folder}/latest at an older checkpoint") from None
@@ -503,11 +660,13 @@ def reopen(folder, optimizer, device, last_step):
     for newer in sorted(folder.glob("step-*")):
         if newer.name > f"step-{step:06d}":
             shutil.rmtree(newer)
+    if not (folder / "dropped.csv").exists():  # a run of an earlier version
+        write_file(folder / "dropped.csv", ",".join(DROPPED) + "\n")
     for file in ("log.csv", "dropped.csv"):
         header, *lines = (folder / file).read_text().splitlines(keepends=True)
         kept = (line for line in lines if int(line.partition(",")[0]) <= step and line.endswith("\n"))
         write_file(folder / file, header + "".join(kept))
-    return step, seconds
+    return step, seconds, curriculum
 
 
 def read_log(path):
@@ -652,6 +811,8 @@ def step_line(row, flags, drops=()):
         line += f"  fewer than {flags.min_groups} groups: no update"
     if "accuracy" in row:
         line += "  | held-out {accuracy:.3f}  pass@k {pass_k:.3f}  greedy {greedy:.3f}".format(**row)
+    if row["step"] and (flags.windows or flags.max_moves):
+        line += "  window {window} moves {moves}".format(**row)
     return f"{line}  {row['seconds']:.1f} s"
 
 
@@ -696,7 +857,7 @@ def bf16_head(model, hidden):
     return F.linear(hidden.bfloat16(), model.lm_head.weight.bfloat16()).to(hidden.dtype)
 
 
-def rl_step(model, tokenizer, optimizer, flags, step):
+def rl_step(model, tokenizer, optimizer, flags, step, curriculum):
     """One step: experience, updates, now and then an evaluation. Step 0 is only evaluated.
 
     Returns its log row and the tokens that PPO's clip would have dropped, see updates.
@@ -705,10 +866,12 @@ def rl_step(model, tokenizer, optimizer, flags, step):
     if step > 0:
         lr = flags.lr or 2e-4 * 64 / model.config.hidden_size
         row["lr"] = lr * min(step / max(flags.warmup, 1), 1)
-        experience = collect(model, tokenizer, flags, step)
+        now = curriculum.now
+        experience = collect(model, tokenizer, now, step, curriculum.pool)
         row |= experience.seen
+        curriculum.observe(step, experience.seen)
         if experience.batch is not None:
-            learnt, drops = update(model, optimizer, experience, flags, row["lr"])
+            learnt, drops = update(model, optimizer, experience, now, row["lr"])
             row |= learnt
     if step % flags.eval_every == 0 or step == flags.steps:
         row |= evaluate(model, tokenizer, flags)
@@ -755,7 +918,8 @@ def train(flags):
         model.head = functools.partial(bf16_head, model)
     tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model, 0.0, flags.adam_eps)
     folder = Path(flags.resume) if flags.resume else new_folder(flags)
-    step, earlier = reopen(folder, optimizer, device, flags.steps) if going_on else (-1, 0.0)
+    step, earlier, state = reopen(folder, optimizer, device, flags.steps) if going_on else (-1, 0.0, {})
+    curriculum = Curriculum(flags, **state)
     write_file(folder / "run.json", json.dumps(describe(flags, model), indent=2) + "\n")
     print_banner(flags, model, folder)
     try:
@@ -764,22 +928,25 @@ def train(flags):
             print("cold start: {steps} steps, loss {loss:.3f}, forced chains right {skill:.2f}".format(**learnt))
             if learnt["skill"] < flags.sft_skill:
                 print("warning: chains are not learnt, so RL will make responses longer, not right; raise --sft-steps")
+        if step < 0 and flags.filter_problems:
+            curriculum.kept = filter_problems(model, tokenizer, flags)
         if step < 0:
             write_file(folder / "samples.txt", f"after the cold start\n{show_samples(model, tokenizer, flags)}")
             write_file(folder / "log.csv", ",".join(COLUMNS) + "\n")
             write_file(folder / "dropped.csv", ",".join(DROPPED) + "\n")
         bar = tqdm(total=flags.steps, initial=max(step, 0), desc="RL", unit="step", disable=None)
+        columns, saved_at = (folder / "log.csv").read_text().split("\n")[0].split(","), time.perf_counter()
         with (
             StopRequest() as stop,
             bar,
             open(folder / "log.csv", "a", newline="") as file,
             open(folder / "dropped.csv", "a", newline="") as dropped_file,
         ):
-            log = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+            log = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
             dropped = csv.DictWriter(dropped_file, DROPPED, lineterminator="\n")
             while step < flags.steps and not stop.made:
                 step += 1
-                row, drops = rl_step(model, tokenizer, optimizer, flags, step)
+                row, drops = rl_step(model, tokenizer, optimizer, flags, step, curriculum)
                 drops = summarize_drops(drops, tokenizer, step)
                 dropped.writerows(drops)
                 dropped_file.flush()
@@ -788,9 +955,10 @@ def train(flags):
                 tqdm.write(step_line(row, flags, drops))
                 sys.stdout.flush()
                 bar.update(step > 0)
-                if step % flags.checkpoint_every == 0 or step == flags.steps or stop.made:
-                    seconds = earlier + time.perf_counter() - start
-                    save_checkpoint(model, optimizer, folder, step, flags.keep, seconds)
+                due = time.perf_counter() - saved_at >= 60 * (flags.checkpoint_minutes or math.inf)
+                if due or step % flags.checkpoint_every == 0 or step == flags.steps or stop.made:
+                    saved_at = time.perf_counter()
+                    save_checkpoint(model, optimizer, curriculum, folder, step, flags.keep, earlier + saved_at - start)
         if step < flags.steps:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -807,7 +975,7 @@ def finish(model, tokenizer, flags, folder, seconds):
     after = f"\nafter {flags.steps} RL steps\n{show_samples(model, tokenizer, flags)}"
     write_file(folder / "samples.txt", before + after + show_drops(folder / "dropped.csv"))
     log, first = read_log(folder / "log.csv"), Flags(preset="tiny")
-    free = ("seed", "out", "device", "resume", "checkpoint_every", "keep")
+    free = ("seed", "out", "device", "resume", "checkpoint_every", "checkpoint_minutes", "keep")
     default = dataclasses.replace(flags, **{name: getattr(first, name) for name in free}) == first
     bands = {c: reference_band(c, 0.2 if "length" in c else 0.01) for c in CURVES} if default else {}
     draw_curves(log, folder / "curves.png", f"{flags.algo}, seed {flags.seed}", bands)
@@ -825,7 +993,7 @@ def finish(model, tokenizer, flags, folder, seconds):
     return summary
 
 
-CHANGEABLE = ("steps", "keep", "checkpoint_every", "device", "resume")  # what --resume may change
+CHANGEABLE = ("steps", "keep", "checkpoint_every", "checkpoint_minutes", "device", "resume")  # what --resume may change
 
 
 def stored_flags(path):
@@ -853,7 +1021,8 @@ def main(argv=None):
     if earlier:  # the run's own settings, where argv says nothing else
         flags = parse_flags(Flags, argv, title, earlier)
     if flags.resume:
-        changed = sorted(name for name, x in earlier.items() if name not in CHANGEABLE and getattr(flags, name) != x)
+        stored = {f.name: earlier.get(f.name, f.default) for f in dataclasses.fields(Flags) if f.name not in CHANGEABLE}
+        changed = [name for name, x in stored.items() if getattr(flags, name) != x]
         if changed:
             raise ValueError(f"--resume keeps a run's settings, {', '.join(changed)} would change; use --init instead")
     if not flags.eval:
