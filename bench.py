@@ -1093,24 +1093,27 @@ def forks(flags):
         write_csv(path, watch_a_response(flags.quick))
     rows = read_csv(path)
     tokens = [row for row in rows if row["update"] == 0 and row["algo"] == "cispo"]
-    names = [str(row["token"]) for row in tokens]
+    names = [str(row["token"]).replace("<end_of_sentence>", "end") for row in tokens]
     with picture(Path(flags.out) / "forks.png", 1, 2, figsize=(11, 3.8), width_ratios=(3, 2)) as (left, right):
         seen = [row for row in rows if row["algo"] == "cispo"]
         n = int(max(row["update"] for row in seen))
         grid = [[row["ratio"] for row in seen if row["update"] == update] for update in range(1, n + 1)]
-        image = left.imshow(grid, norm="log", aspect="auto", cmap="RdBu_r", vmin=1 / 8, vmax=8)
+        image = left.imshow(grid, norm="log", aspect="auto", cmap="RdBu_r", vmin=0.5, vmax=2)
         for update, ratios in enumerate(grid):
             for i, ratio in enumerate(ratios):
                 if ratio > 1.28:
                     left.text(i, update, "x", ha="center", va="center", fontsize=7)
-        left.set_xticks(range(len(names)), [f"{name}\np {row['probability']:.2g}" for name, row in zip(names, tokens)])
-        left.set(title="a right answer under CISPO; x: PPO's clip drops the token from here on", ylabel="update")
-        left.figure.colorbar(image, label="ratio to the old policy")
+        left.set_xticks(
+            range(len(names)), [f"{name}\np {row['probability']:.2g}" for name, row in zip(names, tokens)], fontsize=8
+        )
+        left.set_yticks(range(n), range(1, n + 1), fontsize=7)
+        left.set(title="a right answer under CISPO; x: PPO drops the token", ylabel="update")
+        left.figure.colorbar(image, label="ratio to the old policy", ticks=[0.5, 1, 2], format="{x:g}")
         for algo in dict.fromkeys(row["algo"] for row in rows):
             fork = [row for row in rows if row["algo"] == algo and row["position"] == 0]
             draw_curve(right, fork, "update", "ratio", algo)
         right.axhline(1.28, color="gray", ls=":", label="PPO's clip")
-        right.set(title=f"the fork token {names[0]}, by algorithm", xlabel="update", ylabel="ratio", yscale="log")
+        right.set(title=f"the fork token {names[0]}, by algorithm", xlabel="update", ylabel="ratio")
         right.legend(fontsize=8)
     print_table([row for row in seen if row["update"] == n], {c: f"{{{c}}}" for c in ("token", "probability", "ratio")})
     ends = {row["algo"]: row["ratio"] for row in rows if row["position"] == 0}

@@ -1941,6 +1941,30 @@ def test_the_map_of_the_regime_divides_cispos_steps_by_the_others_and_picks_each
     assert capsys.readouterr().out == said and (tmp_path / "algos-map.png").stat().st_size > 5000
 
 
+def test_the_readmes_numbers_of_the_studies_and_of_the_decode_step_are_those_of_the_committed_files(capsys):
+    readme = " ".join((HERE / "README.md").read_text().split())
+    studies = {}
+    for name in ("algos", "control"):
+        studies[name] = {}
+        for row in bench.read_csv(HERE / f"figures/{name}.csv"):
+            studies[name].setdefault(row["setting"], {}).setdefault(row["seed"], []).append(row)
+        studies[name] = {setting: list(runs.values()) for setting, runs in studies[name].items()}
+    told = bench.compare_algorithms(studies["algos"])
+    for other in ("dapo", "grpo"):
+        numbers = told.split(f" of {other}'s steps to fork rate")[0].split("CISPO takes ")[-1].split("0.5, ")[-1]
+        assert f"{numbers} of {other.upper()}'s" in readme
+    for algo in ("cispo", "dapo"):
+        final = bench.interval([bench.last(run, "accuracy") for run in studies["control"][algo]])
+        assert f"{final} ({algo.upper()})" in readme
+    for row in bench.read_csv(HERE / "figures/decode-step.csv"):
+        cells = [row["floor_us"], row["triton_us"], row["torch_us"], row["fla_us"]]
+        assert (
+            row["batch"] == 4
+            or "| " + " | ".join([f"{row['batch']:.0f}", *(f"{x:.1f}" for x in cells)]) + " |" in readme
+        )
+    assert f"{row['triton_x']:.2f} times the time that memory needs" in readme
+
+
 def test_every_study_asks_for_flags_that_exist():
     for plan in bench.STUDIES.values():
         for setting in plan.settings.values():
