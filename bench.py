@@ -859,7 +859,10 @@ def study(name, flags):
             row[f"steps to {column} of {level:.0%}"] = interval([steps_to(run, column, level) for run in runs])
         row["area under accuracy"] = interval([area(run, "accuracy") for run in runs])
         row["final accuracy"] = interval([last(run, "accuracy") for run in runs])
-        row["final entropy"] = interval([last(run, "entropy") for run in runs])
+        for column in plan.curves:
+            if column not in THRESHOLDS:
+                means = [statistics.fmean(r[column] for r in run if column in r) for run in runs]
+                row[f"mean {column}"] = interval(means)
         table.append(row)
     print(f"median over {seeds} seeds [95 % bootstrap interval]; a run that never gets there counts one step too long")
     print_table(table, {title: f"{{{title}}}" for title in table[0]})
