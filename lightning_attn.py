@@ -380,7 +380,7 @@ def _plan(N, a, b, c, *, alone=None, C=None, BV=None, n_segments=None, flat=None
         alone = n_programs * n_segments <= processors
     if flat is None:
         flat = alone and all(B == 1 or x.stride(0) == L * x.stride(1) for x in (a, b, c))
-    flat = flat and K == BK and V % BV == 0
+    flat = flat and K == BK and V % BV == 0 and all(H * x.stride(2) < 2**31 for x in (a, b, c))
     stage = C * (2 * BK + BV) * a.element_size()
     if stages is None:
         stages = max(1, min(4, int(memory * (0.78 if alone else 0.54)) // stage))
@@ -490,7 +490,8 @@ def lightning_kernel(q, k, v, slope, state=None, cu_seqlens=None):
     Arguments and results as in lightning_attention; bf16, fp16 or fp32, head sizes that are multiples of 16 from 16 to
     256. Strided views (of a fused qkv tensor, say) are read in place. States, sums and decays are fp32; factors of
     matrix products have q's dtype (fp32: three tf32 products each), so in fp16 a state must stay below 65,504.
-    cu_seqlens is read on the GPU, without waiting for it; boundaries outside of [0, L] are clamped there.
+    cu_seqlens on a GPU is read there, without waiting for it: boundaries outside of [0, L] are clamped, and tokens that
+    belong to no sequence get undefined outputs.
     """
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device)
     state = None if state is None else state.contiguous()
@@ -503,6 +504,8 @@ def why_no_kernel(q, v):
         return "Triton is not installed (pip install triton, on Linux); the PyTorch forms work everywhere"
     if not q.is_cuda and isinstance(_scan_kernel, triton.JITFunction):
         return f"the tensors are on {q.device}; Triton needs a GPU, or TRITON_INTERPRET=1 set before the start"
+    if not q.is_cuda and q.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bf16 wrongly (3.9); take fp32 or fp16"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it takes bf16, fp16 or fp32, found {q.dtype}"
     if any(n % 16 or not 16 <= n <= 256 for n in (q.shape[-1], v.shape[-1])):
@@ -539,11 +542,16 @@ def lightning_step(q, k, v, slope, state, impl="auto"):
     is one launch, which a CUDA graph can hold. impl: "torch", "triton", or "auto" = "triton" on a GPU where it can.
     """
     acc = _accumulator(q.dtype)
+    if q.ndim != 3 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1] or slope.shape != q.shape[1:2]:
+        found = ", ".join(str(tuple(x.shape)) for x in (q, k, v, slope))
+        raise ValueError(f"q and k must be (B, H, K), v (B, H, V) and slope (H,), found {found}")
+    if impl not in ("auto", "torch", "triton") or (impl == "triton" and not state.is_contiguous()):
+        raise ValueError(f"impl must be auto, torch or triton (for a contiguous state), found {impl!r}")
     expected = (*q.shape, v.shape[-1])
     if state.dtype != acc or state.shape != expected:
         raise ValueError(f"the state must be {acc} of shape {expected}, found {state.dtype} {tuple(state.shape)}")
     if _use_kernel(impl, q, v) and state.is_contiguous():
-        return _step_op(q, k, v, slope, state)
+        return _step_op(q, k, v, slope.float().contiguous(), state)
     kv = k.to(acc)[..., :, None] * v.to(acc)[..., None, :]
     state += kv.addcmul_(_forget(slope, 1, acc), state, value=-1)
     return (q.to(acc)[..., :, None] * state).sum(-2).to(q.dtype)
@@ -614,16 +622,21 @@ def lightning_attention(q, k, v, slope, state=None, *, cu_seqlens=None, impl="au
     _check_inputs(q, k, v, slope)
     if _use_kernel(impl, q, v):
         n = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        if cu_seqlens is not None and not cu_seqlens.is_cuda:  # on the GPU they are not looked at: that would wait
+        if cu_seqlens is not None:
             check_boundaries(cu_seqlens, q.shape[:2])
         _check_state(state, q, v, n)
         return lightning_kernel(q, k, v, slope, state, cu_seqlens)
-    form = FORMS["chunk" if impl == "auto" else impl]
+    with torch.autocast(q.device.type, enabled=False):  # sums stay fp32
+        return _run_form(FORMS["chunk" if impl == "auto" else impl], q, k, v, slope, state, cu_seqlens)
+
+
+def _run_form(form, q, k, v, slope, state, cu_seqlens):
+    """One of FORMS, on a batch or one packed sequence after the other."""
     if cu_seqlens is None:
         _check_state(state, q, v, q.shape[0])
         return form(q, k, v, slope, state)
 
-    bounds = check_boundaries(cu_seqlens, q.shape[:2])
+    bounds = check_boundaries(cu_seqlens.cpu(), q.shape[:2])
     _check_state(state, q, v, len(bounds) - 1)
     o, last = [], []
     for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
@@ -655,11 +668,19 @@ def _check_state(state, q, v, n):
 
 
 def check_boundaries(cu_seqlens, shape):
-    """cu_seqlens (N + 1,) as a list; ValueError unless it packs sequences of a batch of shape (1, L)."""
-    bounds, (B, L) = cu_seqlens.tolist(), shape
+    """cu_seqlens (N + 1,) as a list; ValueError unless it packs sequences of a batch of shape (1, L).
+
+    Boundaries on a GPU are not looked at, as that would wait for it: None.
+    """
+    B, L = shape
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(f"cu_seqlens must be (N + 1,) integers, found {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if B != 1:
         raise ValueError(f"cu_seqlens packs sequences along L, so the batch must be 1, found {B}")
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != L or bounds != sorted(bounds):
+    if cu_seqlens.is_cuda:
+        return None
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != L or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens must rise from 0 to L = {L}, found {bounds[:8]}")
     return bounds
 

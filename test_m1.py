@@ -395,6 +395,17 @@ def test_what_the_kernel_cannot_do_is_said_before_it_starts(monkeypatch):
         lightning_attention(*[q.double()] * 3, slope, impl="triton")
     with pytest.raises(ValueError, match="must rise from 0 to L = 5"):
         lightning_attention(q, q, q, slope, cu_seqlens=torch.tensor([0, 6]), impl="triton")
+    with pytest.raises(ValueError, match="N \\+ 1"):
+        lightning_attention(q, q, q, slope, cu_seqlens=torch.tensor([0.0, 5.0]), impl="triton")
+    one, state = q[:, 0], torch.zeros(1, 2, 16, 16, device=DEVICE)
+    for bad in ((one, one[:, :1], one, slope, state), (one, one, one, slope[:1], state)):
+        with pytest.raises(ValueError, match="q and k must be"):
+            lightning_step(*bad)
+    with pytest.raises(ValueError, match="auto, torch or triton"):
+        lightning_step(one, one, one, slope, state, impl="cuda")
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="interpreter multiplies bf16 wrongly"):
+            lightning_attention(*[q.bfloat16()] * 3, slope, impl="triton")
     monkeypatch.setattr(lightning_attn, "triton", None)
     with pytest.raises(ValueError, match="pip install triton"):
         lightning_attention(q, q, q, slope, impl="triton")
@@ -1934,7 +1945,7 @@ def test_the_map_of_the_regime_divides_cispos_steps_by_the_others_and_picks_each
     monkeypatch.setattr(bench, "run_study", pretend)
     bench.main(["algos", "--full", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "each at its best learning rate (cispo 0.0004, dapo 0.0004, grpo 0.0004)" in said
+    assert "each at its best learning rate by area on these seeds (cispo 0.0004, dapo 0.0004, grpo 0.0004)" in said
     assert "0.5 [0.5, 0.5] of dapo's steps, 0.25 [0.25, 0.25] of grpo's steps" in said
     assert len(bench.read_csv(tmp_path / "algos-map.csv")) == 3 * 2 * 3 * 3 * 3
     bench.main(["algos", "--full", "--redraw", "--out", str(tmp_path)])
@@ -1944,7 +1955,7 @@ def test_the_map_of_the_regime_divides_cispos_steps_by_the_others_and_picks_each
 def test_the_readmes_numbers_of_the_studies_and_of_the_decode_step_are_those_of_the_committed_files(capsys):
     readme = " ".join((HERE / "README.md").read_text().split())
     studies = {}
-    for name in ("algos", "control"):
+    for name in ("algos", "control", "adam"):
         studies[name] = {}
         for row in bench.read_csv(HERE / f"figures/{name}.csv"):
             studies[name].setdefault(row["setting"], {}).setdefault(row["seed"], []).append(row)
@@ -1956,6 +1967,9 @@ def test_the_readmes_numbers_of_the_studies_and_of_the_decode_step_are_those_of_
     for algo in ("cispo", "dapo"):
         final = bench.interval([bench.last(run, "accuracy") for run in studies["control"][algo]])
         assert f"{final} ({algo.upper()})" in readme
+    for eps in ("1e-15", "1e-08"):
+        final = bench.interval([bench.last(run, "accuracy") for run in studies["adam"][f"eps {eps}"]])
+        assert f"{final} ({eps.replace('-0', '-')})" in readme
     for row in bench.read_csv(HERE / "figures/decode-step.csv"):
         cells = [row["floor_us"], row["triton_us"], row["torch_us"], row["fla_us"]]
         assert (
@@ -1965,10 +1979,16 @@ def test_the_readmes_numbers_of_the_studies_and_of_the_decode_step_are_those_of_
     assert f"{row['triton_x']:.2f} times the time that memory needs" in readme
 
 
-def test_every_study_asks_for_flags_that_exist():
+def test_every_study_types_commands_that_train_rl_understands(monkeypatch):
+    commands = []
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, **kw: commands.append(command) or done)
     for plan in bench.STUDIES.values():
         for setting in plan.settings.values():
-            train_rl.Flags(preset="tiny", **{**plan.cold, **plan.flags, **setting})
+            wanted = {**plan.cold, **plan.flags, **setting}
+            bench.train_process("somewhere", wanted)
+            flags = m1.parse_flags(train_rl.Flags, commands[-1][2:], "")
+            assert all(getattr(flags, name) == value for name, value in wanted.items())
 
 
 def test_forks_follows_one_response_through_sixteen_updates(tmp_path, capsys):

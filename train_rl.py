@@ -79,7 +79,7 @@ class Flags:
         "auto", "auto = cpu for tiny, else a GPU if there is one", "run", choices=("auto", "cpu", "cuda")
     )
     eval: str = flag(None, "score this run or model directory and stop", "run")
-    resume: str = flag(None, "go on with this run folder; --steps, --keep and --device may change", "run")
+    resume: str = flag(None, "go on with this run folder; --steps, --keep, --device and checkpoints may change", "run")
     checkpoint_every: int = flag(5, "RL steps between checkpoints", "run", at_least=1)
     checkpoint_minutes: float = flag(None, "besides, a checkpoint whenever so many have passed (ours)", "run", above=0)
     keep: int = flag(2, "newest checkpoints to keep, besides the one after the cold start", "run", at_least=1)
@@ -112,10 +112,10 @@ class Flags:
     resample: int = flag(2, "how often to draw more prompts when there are too few", "reinforcement", at_least=0)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "reinforcement", above=0)
     adam_eps: float = flag(1e-15, "of AdamW (report sec. 3.2: gradients go down to 1e-18)", "reinforcement", above=0)
-    router_coef: float = flag(None, "weight of the experts' load-balancing loss; none = the model's", "reinforcement")
-    head: str = flag(
-        "fp32", "output head; bf16 shows why not (report Fig. 3)", "reinforcement", choices=("fp32", "bf16")
+    router_coef: float = flag(
+        None, "weight of the experts' load-balancing loss, cold start included; none = the model's", "model", at_least=0
     )
+    head: str = flag("fp32", "output head; bf16 shows why not (report Fig. 3)", "model", choices=("fp32", "bf16"))
 
     algo: str = flag("cispo", "which loss", "loss", choices=tuple(cispo.ALGORITHMS))
     eps_high: float = flag(4.0, "CISPO's ratio is capped at 1 + this; none = no cap", "loss", optional=True)
@@ -169,6 +169,8 @@ class Flags:
             "--truncated penalise and --overlong-buffer lower the same rewards: leave out one":
                 self.truncated == "penalise" and self.overlong_buffer,
         }  # fmt: skip
+        if self.max_moves:
+            tasks.draw(random.Random(0), len(self.task_names), self.task_names, self.max_moves)  # or says why not
         for message, applies in refused.items():
             if applies:
                 raise ValueError(message)
@@ -852,6 +854,14 @@ def new_model(flags):
     return MiniMaxM1(M1Config.preset(flags.preset, attn_type_list=kinds, **ids))
 
 
+def apply_flags(model, flags):
+    """Give a model what flags change about it: the output head, the weight of the load-balancing loss."""
+    if flags.router_coef is not None:
+        model.config.router_aux_loss_coef = flags.router_coef
+    if flags.head == "bf16":
+        model.head = functools.partial(bf16_head, model)
+
+
 def bf16_head(model, hidden):
     """The mistake that the report found (sec. 3.2): logits rounded to bf16, in training and in rollouts."""
     return F.linear(hidden.bfloat16(), model.lm_head.weight.bfloat16()).to(hidden.dtype)
@@ -912,10 +922,7 @@ def train(flags):
     going_on = bool(saved)
     stored = flags.resume if going_on else flags.init
     model = load_pretrained(stored, device, torch.float32) if stored else new_model(flags).to(device)
-    if flags.router_coef is not None:
-        model.config.router_aux_loss_coef = flags.router_coef
-    if flags.head == "bf16":
-        model.head = functools.partial(bf16_head, model)
+    apply_flags(model, flags)
     tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model, 0.0, flags.adam_eps)
     folder = Path(flags.resume) if flags.resume else new_folder(flags)
     step, earlier, state = reopen(folder, optimizer, device, flags.steps) if going_on else (-1, 0.0, {})
@@ -1028,6 +1035,7 @@ def main(argv=None):
     if not flags.eval:
         return train(flags)
     model = load_pretrained(flags.eval, choose_device(flags), torch.float32)
+    apply_flags(model, flags)
     scores = evaluate(model, Tokenizer.of(model.config), flags)
     print(f"{checkpoint_dir(flags.eval)}: " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     return scores
