@@ -12,7 +12,7 @@
     python bench.py algos        CISPO, DAPO, GRPO, REINFORCE at 16 updates per rollout (report, Figure 2)
     python bench.py hybrid       associative recall for five mixtures of lightning and softmax layers
     python bench.py control      ... without a planted fork (algos --full: the map of where CISPO helps)
-    python bench.py eps | precision | adam | balance    the same for a cap, the output head, AdamW's eps, the experts
+    python bench.py eps | precision | adam | balance | windows    the same for the cap, the head, AdamW's eps, ...
 
 length, forms and cpu take about a minute each and want an idle machine; traps takes a minute, too. Files go to figures/
 (--out changes that). --redraw makes picture and table again from the CSV that is there. Numbers in README.md come from
@@ -827,7 +827,8 @@ class Study:
 
 THRESHOLDS = {"fork_rate": 0.5, "accuracy": 0.7}
 KEPT = ["step", "accuracy", "eval_fork_rate", "correct", "fork_rate", "length", "entropy", "grad_norm", "ratio_max",
-        "ppo_would_drop_frac", "ess", "prob_corr", "logp_gap_mean", "busiest_expert", "groups"]  # fmt: skip
+        "ppo_would_drop_frac", "ess", "prob_corr", "logp_gap_mean", "busiest_expert", "groups", "window", "length_p99",
+        "perplexity"]  # fmt: skip
 
 
 def study(name, flags):
@@ -1074,6 +1075,16 @@ STUDIES = {
         {f"eps {eps:g}": {"adam_eps": eps} for eps in (1e-15, 1e-8)},
         PRESSURE | {"updates_per_rollout": 4},
         curves=("grad_norm", "fork_rate", "accuracy"),
+    ),
+    "windows": Study(
+        "responses may grow in stages, at once, or by a forced jump",
+        {
+            "staged": {"windows": "7,10,16"},
+            "at once": {},
+            "forced jump": {"windows": "7,10,16", "jump_at": 10},
+        },
+        PRESSURE | {"updates_per_rollout": 4, "steps": 60},
+        curves=("length_p99", "perplexity", "accuracy"),
     ),
     "balance": Study(
         "weight of the load-balancing loss",
