@@ -537,8 +537,7 @@ TRAPS = (
              self, u, dataclasses.replace(at, mask=None, continues=False), *state))),
     Trap("logits in bf16", logp_error,  # report sec. 3.2: its runs failed
          "test_logits_and_router_stay_fp32_in_a_bf16_model",
-         swap(MiniMaxM1, "head", lambda right, self, hidden: F.linear(
-             hidden.bfloat16(), self.lm_head.weight.bfloat16()).float())),
+         swap(MiniMaxM1, "head", lambda right, self, hidden: train_rl.bf16_head(self, hidden))),
     Trap("temperature in rollouts only", ratio_error,
          "test_recorded_log_probs_are_those_of_training_mode",
          swap(train_rl, "trained_logp", lambda right, model, batch, temperature=1, *more: (
@@ -1190,31 +1189,25 @@ def hybrid(flags):
         write_csv(path, run_recalls(flags.quick))
     rows = read_csv(path)
     curves = {}
-    for row in rows:
-        curves.setdefault((row["task"], int(row["softmax_every"])), {}).setdefault(row["pairs"], []).append(
-            row["accuracy"]
-        )
+    for task, ratio in itertools.product(RECALLS, RATIOS):
+        mine = [row for row in rows if (row["task"], row["softmax_every"]) == (task, ratio)]
+        seeds = [[row for row in mine if row["seed"] == seed] for seed in sorted({row["seed"] for row in mine})]
+        if seeds:
+            curves[task, ratio] = median_and_range(seeds, "pairs", "accuracy")
     with picture(Path(flags.out) / "hybrid.png", 1, 2, figsize=(10, 3.8), sharey=True) as axes:
         for axis, (task, title) in zip(axes, RECALLS.items()):
-            for (its_task, ratio), points in curves.items():
-                if its_task == task:
-                    band = [
-                        {"x": x, "y": statistics.median(y), "y_low": min(y), "y_high": max(y)}
-                        for x, y in points.items()
-                    ]
-                    draw_curve(axis, band, "x", "y", RATIOS[ratio])
+            for ratio, name in RATIOS.items():
+                draw_curve(axis, curves.get((task, ratio), []), "pairs", "accuracy", name)
             axis.axhline(0.1, color="gray", ls=":")
             axis.set(title=title, xlabel="pairs to remember", ylabel="accuracy (dotted: chance)")
         axes[0].legend(fontsize=8)
-    table = []
-    for (task, ratio), points in curves.items():
-        cells = {
-            f"{pairs:.0f} pairs": f"{statistics.median(y):.2f} [{min(y):.2f}, {max(y):.2f}]"
-            for pairs, y in points.items()
-        }
-        table.append({"task": task, "layers": RATIOS[ratio]} | cells)
+    text = "{accuracy:.2f} [{accuracy_low:.2f}, {accuracy_high:.2f}]"
+    table = [
+        {"task": task, "layers": RATIOS[ratio]} | {f"{row['pairs']:.0f} pairs": text.format(**row) for row in curve}
+        for (task, ratio), curve in curves.items()
+    ]
     print("held-out accuracy after imitation, median [range] over seeds")
-    print_table(table, {title: f"{{{title}}}" for title in table[0]})
+    print_table(table, {title: f"{{{title}}}" for row in table for title in row})
 
 
 def run_recalls(quick):
