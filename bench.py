@@ -11,6 +11,7 @@
     python bench.py forks        one response, token by token: what PPO's clip drops and CISPO keeps (2 minutes)
     python bench.py algos        CISPO, DAPO, GRPO, REINFORCE at 16 updates per rollout (report, Figure 2)
     python bench.py hybrid       associative recall for five mixtures of lightning and softmax layers
+    python bench.py budget       accuracy against the thinking budget, for the checkpoints of two windows of one run
     python bench.py control      ... without a planted fork (algos --full: the map of where CISPO helps)
     python bench.py eps | precision | adam | balance | windows    the same for the cap, the head, AdamW's eps, ...
 
@@ -19,7 +20,7 @@ length, forms and cpu take about a minute each and want an idle machine; traps t
 these files.
 
     1. flops   2. length   3. forms   4. cpu   5. main   6. traps   7. kernel   8. studies   9. forks
-    10. hybrid   11. timing, files, pictures, command line
+    10. hybrid   11. budget   12. timing, files, pictures, command line
 """
 
 import collections
@@ -826,8 +827,8 @@ class Study:
 
 THRESHOLDS = {"fork_rate": 0.5, "accuracy": 0.7}
 KEPT = ["step", "accuracy", "eval_fork_rate", "correct", "fork_rate", "length", "entropy", "grad_norm", "ratio_max",
-        "ppo_would_drop_frac", "ess", "prob_corr", "logp_gap_mean", "busiest_expert", "groups", "window", "length_p99",
-        "perplexity"]  # fmt: skip
+        "ppo_would_drop_frac", "ess", "prob_corr", "logp_gap_mean", "busiest_expert", "over_capacity", "groups", "window",
+        "length_p99", "perplexity", "negative_early", "negative_late"]  # fmt: skip
 
 
 def study(name, flags):
@@ -1029,15 +1030,13 @@ def regime_map(flags):
             a: max(RATES, key=lambda lr: statistics.median(r["area"] for r in runs[prior, k, lr, a])) for a in RACERS
         }
         told = []
-        for other in RACERS[1:]:
+        for other, (column, level) in itertools.product(RACERS[1:], THRESHOLDS.items()):
             pairs = zip(runs[prior, k, best["cispo"], "cispo"], runs[prior, k, best[other], other])
-            told.append(
-                f"{interval([a['steps_fork_rate'] / b['steps_fork_rate'] for a, b in pairs])} of {other}'s steps"
-            )
+            ratio = interval([a[f"steps_{column}"] / b[f"steps_{column}"] for a, b in pairs])
+            told.append(f"{ratio} of {other}'s steps to {column.replace('_', ' ')} {level}")
         rates = ", ".join(f"{algo} {lr:g}" for algo, lr in best.items())
-        print(
-            f"prior {prior:g}, {k} updates, each at its best learning rate by area on these seeds ({rates}): CISPO takes {', '.join(told)}"
-        )
+        print(f"prior {prior:g}, {k} updates, each at its best learning rate by area on these seeds ({rates}):")
+        print(f"    CISPO takes {', '.join(told)}")
 
 
 PRESSURE = {"updates_per_rollout": 16, "steps": 36, "eval_every": 3, "eval_problems": 150, "eval_samples": 4}
@@ -1083,13 +1082,13 @@ STUDIES = {
             "forced jump": {"windows": "7,10,16", "jump_at": 10},
         },
         PRESSURE | {"updates_per_rollout": 4, "steps": 60},
-        curves=("length_p99", "perplexity", "accuracy"),
+        curves=("length_p99", "negative_early", "negative_late", "accuracy"),
     ),
     "balance": Study(
         "weight of the load-balancing loss",
         {f"{coef:g}": {"router_coef": coef} for coef in (0, 0.001, 0.1)},
         PRESSURE,
-        curves=("busiest_expert", "fork_rate", "accuracy"),
+        curves=("busiest_expert", "over_capacity", "accuracy"),
     ),
 }
 
@@ -1134,14 +1133,18 @@ def forks(flags):
     print(f"After {n} updates the fork token, probability {tokens[0]['probability']:.3f} before, has moved by: {told}.")
 
 
+def train_cold(folder, quick, **flags):
+    """A cold start to look at from inside."""
+    train_process(folder, flags | {"steps": 0} | ({"sft_steps": 40, "eval_problems": 6} if quick else {}))
+
+
 def watch_a_response(quick):
     """Rows of forks.csv: algo, update, position, token, old probability, ratio.
 
     After a cold start every algorithm trains on the same rollouts from the same weights.
     """
     with tempfile.TemporaryDirectory() as folder:
-        cold = {"steps": 0, "fork_prior": 0.05} | ({"sft_steps": 40, "eval_problems": 6} if quick else {})
-        train_process(f"{folder}/cold", cold)
+        train_cold(f"{folder}/cold", quick, fork_prior=0.05)
         rows = []
         for algo in ("cispo", "dapo", "grpo"):
             flags = train_rl.Flags(preset="tiny", algo=algo, updates_per_rollout=16)
@@ -1174,12 +1177,58 @@ def watched(experience, tokenizer):
     return int((experience.rewards + 10 * (first == fork)).argmax())
 
 
+def adam(flags):
+    """The study of AdamW's eps, then what its gradients are like: adam-gradients.csv and adam-gradients.png."""
+    study("adam", flags)
+    path = Path(flags.out) / "adam-gradients.csv"
+    if not flags.redraw:
+        write_csv(path, watch_gradients(flags.quick))
+    rows = read_csv(path)
+    sizes, updates = ([row for row in rows if name in row] for name in ("share", "cosine"))
+    with picture(Path(flags.out) / "adam-gradients.png", 1, 2, figsize=(10, 3.4)) as (left, right):
+        left.bar([row["exponent"] for row in sizes], [row["share"] for row in sizes], align="edge", width=0.9)
+        left.set(title="sizes of gradients over 40 updates", xlabel="log10 |g|", ylabel="share of all")
+        right.plot([row["update"] for row in updates], [row["cosine"] for row in updates], "o-", ms=3)
+        right.set(title="gradients of successive updates", xlabel="update", ylabel="cosine of the angle between")
+    below = {n: sum(row["share"] for row in sizes if row["exponent"] < n) for n in (-14, -8, -5)}
+    angle = bootstrap([row["cosine"] for row in updates])[0]
+    told = ", ".join(f"{share:.2g} below 1e{n}" for n, share in below.items())
+    print(f"Of all gradients but exact zeros a share of {told}; successive ones have a median cosine of {angle:.2f}.")
+
+
+def watch_gradients(quick):
+    """Rows of adam-gradients.csv: exponent and share of all non-zero gradients, then update and cosine to the next."""
+    counts, cosines, before, right = collections.Counter(), [], None, train_rl.optimizer_step
+
+    def watched(model, *rest):
+        nonlocal before
+        now = torch.cat([p.grad.flatten() for p in model.parameters()])
+        counts.update(now[now != 0].abs().log10().floor().int().tolist())
+        if before is not None:
+            cosines.append(float(F.cosine_similarity(before, now, dim=0)))
+        before = now
+        return right(model, *rest)
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(train_rl, "optimizer_step", watched):
+        train_cold(f"{folder}/cold", quick)
+        flags, model = train_rl.Flags(preset="tiny"), load_pretrained(f"{folder}/cold", "cpu", torch.float32)
+        tokenizer, optimizer = Tokenizer.of(model.config), train_rl.make_optimizer(model, 0.0)
+        for step in range(1, 2 if quick else 11):
+            experience = train_rl.collect(model, tokenizer, flags, step)
+            if experience.batch is not None:
+                train_rl.update(model, optimizer, experience, flags, 2e-4)
+    total = sum(counts.values())
+    sizes = [{"exponent": n, "share": f"{counts[n] / total:.4g}", "update": "", "cosine": ""} for n in sorted(counts)]
+    return sizes + [{"update": i, "cosine": f"{cosine:.4f}"} for i, cosine in enumerate(cosines, 1)]
+
+
 # ============================================================================
 # 10. How many softmax layers does memory need?
 # ============================================================================
 
 RATIOS = {0: "all lightning", 8: "7 : 1 (M1)", 4: "3 : 1", 2: "1 : 1", 1: "all softmax"}  # --softmax-every
-RECALLS = {"recall": "asked at once", "far": "asked after 64 characters of filler"}
+PAIRS = (2, 4, 8)
+RECALLS = {"recall": "asked at once", "far": "asked after 32 characters of filler"}
 
 
 def hybrid(flags):
@@ -1211,29 +1260,93 @@ def hybrid(flags):
 
 
 def run_recalls(quick):
-    """Rows of hybrid.csv: one cold start of train_rl.py each, at most 1,500 steps; it ends early where all is learnt."""
-    grid = [
-        (task, ratio, pairs, seed) for pairs in (4, 8, 16) for task in RECALLS for ratio in RATIOS for seed in range(3)
-    ]
-    grid = grid[:: len(grid) // 2] if quick else grid
+    """Rows of hybrid.csv: one cold start of train_rl.py each, on 2 to 8 pairs, then scored at each number of PAIRS.
+
+    At most 800 steps of 48 demonstrations; it ends early where 99 % of 8 pairs are recalled.
+    """
+    grid = list(itertools.product(RECALLS, RATIOS, range(5)))
+    effort = {"sft_steps": 2} if quick else {"sft_steps": 800, "sft_skill": 0.99, "fork_prior": 0}
+    few = {"eval_problems": 6, "eval_samples": 1} if quick else {"eval_samples": 4}
 
     def run(job, folder):
-        task, ratio, pairs, seed = job
-        out = f"{folder}/{'-'.join(map(str, job))}"
-        effort = (
-            {"sft_steps": 2, "eval_problems": 6, "eval_samples": 1} if quick else {"sft_steps": 1500, "sft_skill": 0.99}
-        )
-        model = {"task": task, "softmax_every": ratio, "moves": pairs, "seed": seed, "steps": 0}
-        train_process(out, model | effort)
-        accuracy = train_rl.read_log(f"{out}/log.csv")[0]["accuracy"]
-        return {"task": task, "softmax_every": ratio, "pairs": pairs, "seed": seed, "accuracy": accuracy}
+        task, ratio, seed = job
+        out, rows = f"{folder}/{'-'.join(map(str, job))}", []
+        common = {"task": task, "seed": seed, "steps": 0, **few}
+        train_process(out, common | {"softmax_every": ratio, "min_moves": 2, "moves": PAIRS[-1]} | effort)
+        for pairs in PAIRS:
+            train_process(f"{out}-{pairs}", common | {"init": out, "moves": pairs})
+            accuracy = train_rl.read_log(f"{out}-{pairs}/log.csv")[0]["accuracy"]
+            rows.append({"task": task, "softmax_every": ratio, "seed": seed, "pairs": pairs, "accuracy": accuracy})
+        return rows
 
     with tempfile.TemporaryDirectory() as folder:
-        return in_parallel(lambda job: run(job, folder), grid, "recalls")
+        runs = in_parallel(lambda job: run(job, folder), grid[:: len(grid) // 2] if quick else grid, "recalls")
+    return [row for rows in runs for row in rows]
 
 
 # ============================================================================
-# 11. Timing, files, pictures, command line
+# 11. Accuracy against the thinking budget            (the 40K and 80K models)
+# ============================================================================
+
+STAGED = {"min_moves": 2, "moves": 8, "windows": "8,12", "jump_at": 31, "steps": 60, "checkpoint_every": 30, "keep": 2}
+BUDGETS = range(0, 11)  # tokens of thinking, the fork among them
+
+
+def budget(flags):
+    """What more thinking buys, before and after a run's window has grown: budget.csv and budget.png."""
+    path = Path(flags.out) / "budget.csv"
+    if not flags.redraw:
+        write_csv(path, spend_budgets(flags.quick))
+    rows, curves = read_csv(path), {}
+    for window in dict.fromkeys(row["window"] for row in rows):
+        mine = [row for row in rows if row["window"] == window]
+        seeds = [[row for row in mine if row["seed"] == seed] for seed in dict.fromkeys(row["seed"] for row in mine)]
+        for column in ("accuracy", "tokens", "us_per_response"):
+            curves[window, column] = median_and_range(seeds, "budget", column)
+    windows = list(dict.fromkeys(window for window, _ in curves))
+    with picture(Path(flags.out) / "budget.png", 1, 2, figsize=(10, 3.8)) as (left, right):
+        for window in windows:
+            label = f"trained with responses of up to {window:.0f} tokens"
+            draw_curve(left, curves[window, "accuracy"], "budget", "accuracy", label)
+            draw_curve(right, curves[window, "tokens"], "budget", "tokens", label)
+        left.set(title="test-time compute buys accuracy", xlabel="thinking budget, tokens", ylabel="held-out accuracy")
+        right.set(title="what is spent of it", xlabel="thinking budget, tokens", ylabel="tokens of a response")
+        left.legend(fontsize=8)
+    text = "{0:.3g} [{1:.3g}, {2:.3g}]"
+    table = [
+        {"window": f"{window:.0f}", "budget": f"{row['budget']:.0f}"}
+        | {c: text.format(*(curves[window, c][i][c + end] for end in ("", "_low", "_high"))) for _, c in columns}
+        for window, columns in itertools.groupby(curves, lambda key: key[0])
+        for columns in [list(columns)]
+        for i, row in enumerate(curves[window, "accuracy"])
+    ]
+    print("held-out accuracy, tokens and microseconds of a response: median [range] over seeds")
+    print_table(table, {title: f"{{{title}}}" for title in table[0]})
+
+
+def spend_budgets(quick):
+    """Rows of budget.csv: seed, window, budget, accuracy, tokens and time of a response; both windows of one run."""
+    seeds = range(1 if quick else 5)
+    tiny = {"sft_steps": 4, "steps": 2, "jump_at": 2, "checkpoint_every": 1, "eval_problems": 6} if quick else {}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        in_parallel(lambda seed: train_process(f"{folder}/{seed}", STAGED | tiny | {"seed": seed}), seeds, "runs")
+        for seed in seeds:
+            run = train_rl.Flags(preset="tiny", **STAGED | tiny)
+            first, last = run.jump_at - 1, run.steps
+            for window, step in zip(run.window_limits, (first, last)):
+                model = load_pretrained(f"{folder}/{seed}/step-{step:06d}")
+                for limit in BUDGETS:
+                    rollout, scores = train_rl.respond(model, Tokenizer.byte(), run.held_out, run, seed, 4, 1.0, limit)
+                    row = {"seed": seed, "window": window, "budget": limit}
+                    row["accuracy"] = f"{train_rl.mean(s.correct for s in scores):.4f}"
+                    row["tokens"] = f"{float(rollout.lengths.float().mean()):.3f}"
+                    rows.append(row | {"us_per_response": f"{rollout.seconds / len(scores) * 1e6:.4g}"})
+    return rows
+
+
+# ============================================================================
+# 12. Timing, files, pictures, command line
 # ============================================================================
 
 
@@ -1341,7 +1454,8 @@ class Flags:
 
 BENCHES = {"flops": flops, "length": length, "forms": forms, "cpu": cpu, "main": main_job, "traps": traps}
 BENCHES |= {"kernel": kernel, "decode-step": decode_step, "forks": forks, "hybrid": hybrid}
-BENCHES |= {name: functools.partial(study, name) for name in STUDIES} | {"algos": algos}
+BENCHES |= {name: functools.partial(study, name) for name in STUDIES} | {"algos": algos, "adam": adam}
+BENCHES["budget"] = budget
 
 
 @command_line

@@ -15,6 +15,7 @@ import codecs
 import json
 import re
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -171,6 +172,7 @@ class Rollout(NamedTuple):
     mask: torch.Tensor  # (N, T) bool: tokens that the model drew, so neither padding nor a </think> set by the budget
     lengths: torch.Tensor  # (N,) int64: tokens of each response, the end token included
     ended: list  # N of "eos", "length" (max_new_tokens), "context" (of a chat), "repetition", "budget" (then eos)
+    seconds: float = 0.0  # that generating took
 
 
 def sample_tokens(logits, temperature, top_p, generator):
@@ -223,7 +225,7 @@ def generate(
     The same seed on the same machine gives the same responses.
     """
     _check_request(model, prompts, group_size, max_new_tokens, temperature, top_p, think_budget, think_end_id, cache)
-    device, generator = model.device, torch.Generator(model.device).manual_seed(seed)
+    start, device, generator = time.perf_counter(), model.device, torch.Generator(model.device).manual_seed(seed)
     tokens, mask = left_pad(prompts, pad_id, device)
     cache = cache or model.new_cache(len(prompts), tokens.shape[1] + max_new_tokens)
     logits = model(tokens, mask=mask, cache=cache, last_only=True)[:, 0]
@@ -272,7 +274,9 @@ def generate(
         logits = model(token[:, None], cache=cache)[:, 0]
 
     cause[cut & (cause == EOS)] = BUDGET
-    return Rollout(tokens[:, : t + 1], logp[:, : t + 1], drawn[:, : t + 1], lengths, [ENDED[c] for c in cause.tolist()])
+    ended = [ENDED[c] for c in cause.tolist()]
+    tokens, logp, drawn = (x[:, : t + 1] for x in (tokens, logp, drawn))
+    return Rollout(tokens, logp, drawn, lengths, ended, time.perf_counter() - start)
 
 
 ENDED = ("length", "eos", "repetition", "budget")

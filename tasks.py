@@ -71,19 +71,21 @@ def cups(rng, n_moves):
 
 
 def recall(rng, n_moves, filler=0):
-    """Associative recall of n_moves pairs: `f3k7a1?k=` -> answer 7. No chain helps, only memory (bench.py hybrid)."""
+    """Associative recall of n_moves pairs: `f3k7a1?k=` -> chain a1f3k7, answer k7. For bench.py hybrid: a guess needs
+    only memory, and chains, all pairs in any order, train that memory at every pair.
+    """
     letters = "abcdefghijklmnopqrstuvwxyz"
     if n_moves > len(letters):
         raise ValueError(f"recall has {len(letters)} keys, so at most as many moves, found {n_moves}")
-    keys, values = rng.sample(letters, n_moves), [str(rng.randrange(10)) for _ in range(n_moves)]
-    asked = rng.randrange(n_moves)
-    prompt = "".join(map("".join, zip(keys, values))) + "-" * filler + f"?{keys[asked]}="
-    return Problem("far" if filler else "recall", prompt, "", values[asked])
+    pairs = [key + str(rng.randrange(10)) for key in rng.sample(letters, n_moves)]
+    answer = rng.choice(pairs)
+    prompt, chain = "".join(pairs) + "-" * filler + f"?{answer[0]}=", "".join(rng.sample(pairs, n_moves))
+    return Problem("far" if filler else "recall", prompt, chain, answer)
 
 
 def far(rng, n_moves):
-    """recall across 64 characters of filler."""
-    return recall(rng, n_moves, filler=64)
+    """recall across 32 characters of filler."""
+    return recall(rng, n_moves, filler=32)
 
 
 TASKS = {"mod": mod, "walk": walk, "cups": cups, "recall": recall, "far": far}
@@ -96,11 +98,11 @@ def is_held_out(prompt):
     return hashlib.sha256(prompt.encode()).digest()[0] % 8 == 0
 
 
-def draw(rng, n, names, n_moves, held_out=False):
+def draw(rng, n, names, n_moves, min_moves=None, held_out=False):
     """n problems, the tasks `names` in turn, all from the training or all from the held-out side.
 
-    rng: random.Random. n_moves: the difficulty, steps per chain. Held-out problems are distinct; ValueError if there
-    are not enough of them at this difficulty.
+    rng: random.Random. n_moves: the difficulty, steps per chain; with min_moves every problem has a number of its own
+    between the two. Held-out problems are distinct; ValueError if there are not enough of them at this difficulty.
     """
     unknown = [name for name in names if name not in TASKS]
     if unknown or not names:
@@ -109,7 +111,8 @@ def draw(rng, n, names, n_moves, held_out=False):
         raise ValueError(f"a problem needs at least 1 move, found {n_moves}")
     problems, seen, tries = [], set(), 0
     while len(problems) < n:
-        problem = TASKS[names[len(problems) % len(names)]](rng, n_moves)
+        steps = rng.randint(min_moves, n_moves) if min_moves else n_moves
+        problem = TASKS[names[len(problems) % len(names)]](rng, steps)
         fits = is_held_out(problem.prompt) == held_out and not (held_out and problem.prompt in seen)
         tries = 0 if fits else tries + 1
         if tries > 20_000:

@@ -90,6 +90,7 @@ class Flags:
 
     task: str = flag("mod,walk,cups", "tasks to mix evenly, separated by commas", "problems")
     moves: int = flag(6, "difficulty: steps per problem", "problems", at_least=1)
+    min_moves: int = flag(None, "mix problems of so many to --moves steps; none = all alike", "problems", at_least=1)
 
     sft_steps: int = flag(2000, "most steps; it ends when chains are learnt", "cold start", at_least=1)
     sft_skill: float = flag(0.95, "learnt: this share of forced chains is right", "cold start", at_least=0, at_most=1)
@@ -165,12 +166,14 @@ class Flags:
             "--jump-at and --window-decay need --windows": not limits and (self.jump_at or self.window_decay < 1),
             f"--moves {self.moves} is more than --max-moves {self.max_moves}":
                 self.max_moves and self.max_moves < self.moves,
+            f"--min-moves {self.min_moves} is more than --moves {self.moves}":
+                self.min_moves and self.min_moves > self.moves,
             "--filter-problems is for one difficulty: leave out --max-moves": self.filter_problems and self.max_moves,
             "--truncated penalise and --overlong-buffer lower the same rewards: leave out one":
                 self.truncated == "penalise" and self.overlong_buffer,
         }  # fmt: skip
         if self.max_moves:
-            tasks.draw(random.Random(0), len(self.task_names), self.task_names, self.max_moves)  # or says why not
+            self.draw(random.Random(0), len(self.task_names), self.max_moves)  # or says why not
         for message, applies in refused.items():
             if applies:
                 raise ValueError(message)
@@ -186,7 +189,11 @@ class Flags:
     @functools.cached_property
     def held_out(self):
         """The problems of every evaluation, the same for all seeds."""
-        return tasks.draw(random.Random("held-out"), self.eval_problems, self.task_names, self.moves, held_out=True)
+        return self.draw(random.Random("held-out"), self.eval_problems, held_out=True)
+
+    def draw(self, rng, n, moves=None, held_out=False):
+        """n problems of this run, or as hard as `moves` says. rng: random.Random."""
+        return tasks.draw(rng, n, self.task_names, moves or self.moves, self.min_moves, held_out)
 
     @functools.cached_property
     def window_limits(self):
@@ -241,7 +248,7 @@ def trained_logp(model, batch, temperature=1.0, with_entropy=False):
 def demonstrations(flags, rng, tokenizer, n, device):
     """n cold-start demonstrations as a Batch. A fork that is not learned from stays visible as input."""
     moves = rng.randint(flags.moves, flags.max_moves) if flags.max_moves else flags.moves
-    problems = tasks.draw(rng, n, flags.task_names, moves)
+    problems = flags.draw(rng, n, moves)
     texts = [tasks.demonstration(p, rng, flags.fork_prior) for p in problems]
     prompts = [tokenizer.encode(p.prompt) for p in problems]
     responses = [[*tokenizer.encode(text, specials=True), tokenizer.eos_id] for text, _ in texts]
@@ -254,13 +261,13 @@ def demonstrations(flags, rng, tokenizer, n, device):
 # ============================================================================
 
 
-def respond(model, tokenizer, problems, flags, seed, group_size=1, temperature=1.0):
+def respond(model, tokenizer, problems, flags, seed, group_size=1, temperature=1.0, think_budget=None):
     """Responses to problems and their scores: (Rollout, [Score] * N). Where a verifier raises, the score is CRASHED."""
     prompts = [tokenizer.encode(p.prompt) for p in problems]
     rollout = generate(
         model, prompts, group_size=group_size, max_new_tokens=flags.longest, temperature=temperature, seed=seed,
         eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, think_end_id=tokenizer.think_end_id,
-        repetition_stop=flags.repetition_stop or math.inf,
+        repetition_stop=flags.repetition_stop or math.inf, think_budget=think_budget,
     )  # fmt: skip
     scores = []
     for i, text in enumerate(response_texts(tokenizer, rollout)):
@@ -317,8 +324,8 @@ def mean(values):
 
 def chain_skill(model, tokenizer, flags, n=96):
     """Share of training problems, the hardest of a run, solved when the fork is set and the likeliest chain follows."""
-    flags = dataclasses.replace(flags, moves=flags.max_moves, max_moves=None) if flags.max_moves else flags
-    problems = tasks.draw(random.Random("skill"), n, flags.task_names, flags.moves)
+    flags = dataclasses.replace(flags, moves=flags.max_moves or flags.moves, max_moves=None, min_moves=None)
+    problems = flags.draw(random.Random("skill"), n)
     forced = [dataclasses.replace(p, prompt=p.prompt + tasks.FORK) for p in problems]
     return mean(s.correct for s in respond(model, tokenizer, forced, flags, 0, temperature=0)[1])
 
@@ -450,7 +457,7 @@ class Curriculum:
 def candidates(flags):
     """The --filter-problems training problems that are tried, the same ones whenever asked."""
     rng = random.Random(substream(flags.seed, "filter"))
-    return tasks.draw(rng, flags.filter_problems, flags.task_names, flags.moves)
+    return flags.draw(rng, flags.filter_problems)
 
 
 def filter_problems(model, tokenizer, flags):
@@ -486,11 +493,12 @@ def collect(model, tokenizer, flags, step, pool=None):
     one whose batch is None when even then there are too few. Problems come from the list `pool`, None = new ones.
     """
     prompts, responses, learned, rewards, infer, rounds = [], [], [], [], [], 0
+    start, rollout_s = time.perf_counter(), 0.0
     scores, lengths, all_rewards, all_logp = [], [], [], []  # of everything sampled
     rng = random.Random(substream(flags.seed, "problems", step))
     while len(rewards) < flags.min_groups * flags.group_size and rounds <= flags.resample:
         problems = pool and rng.choices(pool, k=flags.prompts)
-        problems = problems or tasks.draw(rng, flags.prompts, flags.task_names, flags.moves)
+        problems = problems or flags.draw(rng, flags.prompts)
         seed = substream(flags.seed, "rollout", step, rounds)
         rollout, new_scores = respond(model, tokenizer, problems, flags, seed, flags.group_size, flags.temperature)
         reward = torch.tensor([s.reward for s in new_scores])
@@ -511,6 +519,7 @@ def collect(model, tokenizer, flags, step, pool=None):
         all_rewards += reward.tolist()
         lengths += rollout.lengths.tolist()
         all_logp.append(rollout.logp[rollout.mask])
+        rollout_s += rollout.seconds
         rounds += 1
     seen = {
         "reward": mean(all_rewards),
@@ -525,6 +534,8 @@ def collect(model, tokenizer, flags, step, pool=None):
         "crashes": sum(s is CRASHED for s in scores),
         "groups": len(rewards) // flags.group_size,
         "sampled_groups": rounds * flags.prompts,
+        "rollout_s": rollout_s,
+        "reward_s": time.perf_counter() - start - rollout_s,
     }
     if seen["groups"] < flags.min_groups:
         return Experience(None, None, None, seen)
@@ -533,11 +544,14 @@ def collect(model, tokenizer, flags, step, pool=None):
     )
 
 
+CAPACITY = 1.25  # times an even load: what is logged as beyond an expert's capacity (MiniMax-01's was not published)
+
+
 def updates(model, optimizer, experience, flags, lr):
     """Train on one step's experience: k minibatches of whole groups, one optimizer step each. Yields after each update.
 
-    The old log-probs come from the same minibatches in the same mode as the new ones, so that at the first update the
-    ratio is 1 to the last bit. The sampler's own log-probs only measure how far training and generation disagree.
+    The old log-probs come from the same minibatches in the same mode as the new ones; the first minibatch has them from
+    its own update's pass, so the ratio is 1 to the last bit there. The sampler's own log-probs only measure how far training and generation disagree.
     Yields (what to log of this update, [(token id, its old probability, its ratio) that PPO's clip drops]).
     """
     batch, G = experience.batch, flags.group_size
@@ -545,8 +559,10 @@ def updates(model, optimizer, experience, flags, lr):
     groups = torch.arange(len(experience.rewards) // G)
     parts = groups.tensor_split(min(flags.updates_per_rollout, len(groups)))
     pieces = [slice(int(part[0]) * G, int(part[-1] + 1) * G) for part in parts]
+    first, aux = trained_logp(model, batch.rows(pieces[0]), flags.temperature, with_entropy=True)
+    logp, old = first[0], [[x.detach() for x in first]]
     with torch.no_grad():
-        old = [trained_logp(model, batch.rows(rows), flags.temperature, with_entropy=True)[0] for rows in pieces]
+        old += [trained_logp(model, batch.rows(rows), flags.temperature, with_entropy=True)[0] for rows in pieces[1:]]
     train_logp, entropy = (torch.cat(x) for x in zip(*old))
     gap = (train_logp - experience.infer_logp).abs()
     seen = {
@@ -555,9 +571,15 @@ def updates(model, optimizer, experience, flags, lr):
         "logp_gap": float(gap.max()),
         "logp_gap_mean": float(gap.mean()),
     }
+    size = advantages[:, None].abs() * batch.trained
+    late = batch.trained.cumsum(1) > flags.longest / 2
+    for half, here in (("early", ~late), ("late", late)):
+        if total := float(size[here].sum()):
+            seen[f"negative_{half}"] = float((size * (advantages < 0)[:, None])[here].sum()) / total
     for rows, (old_logp, _) in zip(pieces, old):
         part = batch.rows(rows)
-        logp, aux = trained_logp(model, part, flags.temperature)
+        if rows is not pieces[0]:
+            logp, aux = trained_logp(model, part, flags.temperature)
         advantage = advantages[rows, None].expand(part.trained.shape)[part.trained]
         loss, stats = cispo.policy_loss(
             logp, old_logp, advantage, cispo.token_weights(part.trained, flags.token_weights, G)[part.trained],
@@ -569,7 +591,9 @@ def updates(model, optimizer, experience, flags, lr):
         ratio = (logp.detach() - old_logp).exp()
         drops = cispo.outside_trust_region(ratio, advantage, flags.algo, flags.clip_low, flags.clip_high)
         stats |= {"loss": loss.item(), "grad_norm": grad_norm, "router_loss": aux.router_loss.item()}
-        stats["busiest_expert"] = float(aux.expert_load.max()) / model.config.num_experts_per_tok
+        load = aux.expert_load / model.config.num_experts_per_tok  # (layers, E), a row sums to 1
+        stats["busiest_expert"] = float(load.max())
+        stats["over_capacity"] = float((load - CAPACITY / load.shape[1]).clamp(min=0).sum(1).mean())
         tokens = part.tokens[:, 1:][part.trained]
         yield stats | seen, list(zip(*(x[drops].tolist() for x in (tokens, old_logp.exp(), ratio))))
 
@@ -598,11 +622,17 @@ COLUMNS = [
     "kl_k1", "kl_k3", "ess",
     # training against rollout: correlation of probabilities, largest and mean difference of log-probs
     "prob_corr", "logp_gap", "logp_gap_mean",
+    # negative gradient by position: share of sum |A| over tokens that is negative, in either half of the response
+    # allowed; late in a window long wrong answers pile it up on the tail (report sec. 5)
+    "negative_early", "negative_late",
     # see Curriculum: longest response allowed and 99th percentile of lengths, tokens; exp of minus the mean log-prob of
     # all sampled tokens; steps per problem. Responses whose verifier crashed
     "window", "length_p99", "perplexity", "moves", "crashes",
-    # experts: load-balancing loss (2 = balanced), share of tokens' choices that the busiest one got
-    "router_loss", "busiest_expert", "seconds",
+    # experts: load-balancing loss (2 = balanced), share of choices that the busiest one got, share that is over
+    # CAPACITY of an even load and that a token drop would drop
+    "router_loss", "busiest_expert", "over_capacity",
+    # seconds of the step, and of its parts
+    "seconds", "rollout_s", "reward_s", "update_s", "eval_s",
 ]  # fmt: skip
 
 
@@ -881,10 +911,13 @@ def rl_step(model, tokenizer, optimizer, flags, step, curriculum):
         row |= experience.seen
         curriculum.observe(step, experience.seen)
         if experience.batch is not None:
+            start = time.perf_counter()
             learnt, drops = update(model, optimizer, experience, now, row["lr"])
-            row |= learnt
+            row |= learnt | {"update_s": time.perf_counter() - start}
     if step % flags.eval_every == 0 or step == flags.steps:
+        start = time.perf_counter()
         row |= evaluate(model, tokenizer, flags)
+        row["eval_s"] = time.perf_counter() - start
     row["seconds"] = time.perf_counter() - clock
     return {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in row.items()}, drops
 
@@ -990,10 +1023,14 @@ def finish(model, tokenizer, flags, folder, seconds):
     for name in ("accuracy", "pass_k", "greedy", "eval_fork_rate", "eval_length"):
         short = name.removeprefix("eval_")
         summary |= {f"{short}_start": log[0][name], f"{short}_end": log[-1][name]}
+    parts = {part: sum(row.get(part, 0) for row in log) for part in ("rollout_s", "reward_s", "update_s", "eval_s")}
+    parts = {"cold_start_s": seconds - sum(row["seconds"] for row in log), **parts}  # the first with files and the rest
+    summary |= {part: round(spent, 1) for part, spent in parts.items()}
     write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     line = "held-out accuracy {accuracy_start:.3f} -> {accuracy_end:.3f}, fork rate {fork_rate_start:.2f} -> "
     line += "{fork_rate_end:.2f}, length {length_start:.1f} -> {length_end:.1f} tokens, {seconds:.0f} s"
     print(line.format(**summary))
+    print("time: " + ", ".join(f"{part.removesuffix('_s').replace('_', ' ')} {summary[part]:.1f} s" for part in parts))
     print(f"see {folder}/samples.txt and {folder}/curves.png")
     if bands:
         print(is_it_normal(log, bands))
