@@ -19,7 +19,7 @@ length, forms and cpu take about a minute each and want an idle machine; traps t
 (--out changes that). --redraw makes picture and table again from the CSV that is there. Numbers in README.md come from
 these files.
 
-    1. flops   2. length   3. forms   4. cpu   5. main   6. traps   7. kernel   8. studies   9. forks
+    1. flops   2. length   3. forms   4. cpu   5. main   6. traps   7. kernel   8. studies   9. forks, gradients
     10. hybrid   11. budget   12. timing, files, pictures, command line
 """
 
@@ -576,9 +576,9 @@ def kernel(flags):
     """Forward and backward of attention on a GPU against the memory floor and other kernels: kernel.csv, kernel.png."""
     if flags.sweep:
         return sweep(flags)
-    rows = measured(flags, "kernel", time_kernels, needs_gpu)
+    rows = measured(flags, "kernel", time_kernels)
     print("triton {triton}, copy bandwidth {copy_tb_s:.2f} TB/s".format(**rows[0]))
-    shapes, lengths = ([row for row in rows if row["part"] == part] for part in ("shapes", "lengths"))
+    shapes, lengths = by(rows, "part").values()
     for job, title in (("forward", "forward"), ("both", "forward + backward")):
         columns = {"B, L, H, D": "{shape}", f"{title}: floor, us": f"{{{job}_floor_us:,.0f}}"}
         columns |= {f"{name}, us": f"{{{name}_{job}_us:,.0f}}" for name in RIVALS if name != "recurrent"}
@@ -606,7 +606,6 @@ def kernel(flags):
 
 def sweep(flags):
     """Forward times of the kernel's possible block sizes, x floor, best first: kernel-sweep.csv."""
-    needs_gpu()
     bandwidth, rows = copy_bandwidth(), []
     usual = [(64, 64, 4, n) for n in (2, 3, 4, 5)] + [(64, 32, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 2)]
     for shape in (SHAPES[0], SHAPES[2], SHAPES[3]):
@@ -621,13 +620,7 @@ def sweep(flags):
                 rows.append({"shape": "{}, {}, {}, {}".format(*shape), **choice, "x_floor": f"{seconds / floor:.3f}"})
     rows.sort(key=lambda row: (row["shape"], float(row["x_floor"])))
     write_csv(Path(flags.out) / "kernel-sweep.csv", [row | {"gpu": torch.cuda.get_device_name()} for row in rows])
-    print_table(rows, {name: f"{{{name}}}" for name in rows[0]})
-
-
-def needs_gpu():
-    """ValueError without a GPU."""
-    if not torch.cuda.is_available():
-        raise ValueError("this benchmark measures a GPU and there is none here")
+    print_table(rows)
 
 
 def time_kernels(quick):
@@ -725,7 +718,7 @@ DECODE_BATCHES = (1, 4, 16, 64, 256)
 
 def decode_step(flags):
     """One token of B sequences, 64 heads of width 128, against the floor: decode-step.csv and decode-step.png."""
-    rows = measured(flags, "decode-step", time_steps, needs_gpu)
+    rows = measured(flags, "decode-step", time_steps)
     print("triton {triton}, copy bandwidth {copy_tb_s:.2f} TB/s".format(**rows[0]))
     columns = {"batch": "{batch:.0f}", "floor, us": "{floor_us:,.1f}", "this kernel": "{triton_us:,.1f}"}
     print_table(rows, columns | {"PyTorch": "{torch_us:,.1f}", "fla": "{fla_us:,.1f}", "x floor": "{triton_x:.2f}"})
@@ -766,7 +759,9 @@ def time_steps(quick):
 
 
 def copy_bandwidth():
-    """Bytes per second, read plus written, of a large copy in device memory."""
+    """Bytes per second, read plus written, of a large copy in device memory; ValueError without a GPU."""
+    if not torch.cuda.is_available():
+        raise ValueError("this benchmark measures a GPU and there is none here")
     x = torch.randn(2**29, device="cuda")
     y = torch.empty_like(x)
     return 2 * x.nbytes / statistics.median(event_seconds(lambda: y.copy_(x)) for _ in range(10))
@@ -833,17 +828,9 @@ KEPT = ["step", "accuracy", "eval_fork_rate", "correct", "fork_rate", "length", 
 
 def study(name, flags):
     """Run a Study, or read its runs from NAME.csv (--redraw); table, sentence, NAME.csv and NAME.png."""
-    plan, path = STUDIES[name], Path(flags.out) / f"{name}.csv"
-    if not flags.redraw:
-        write_csv(path, run_study(plan, quick=flags.quick))
-    rows = read_csv(path)
-    logs = {
-        setting: [
-            [row for row in rows if row["setting"] == setting and row["seed"] == seed]
-            for seed in sorted({row["seed"] for row in rows if row["setting"] == setting})
-        ]
-        for setting in dict.fromkeys(row["setting"] for row in rows)
-    }
+    plan = STUDIES[name]
+    rows = recorded(flags, name, functools.partial(run_study, plan))
+    logs = {setting: list(by(mine, "seed").values()) for setting, mine in by(rows, "setting").items()}
     with picture(Path(flags.out) / f"{name}.png", 1, len(plan.curves), figsize=(11, 3.6)) as axes:
         for axis, column in zip(axes, plan.curves):
             for setting, runs in logs.items():
@@ -866,7 +853,7 @@ def study(name, flags):
                 row[f"mean {column}"] = interval([statistics.fmean(x) for x in seen if x])
         table.append(row)
     print(f"median over {seeds} seeds [95 % bootstrap interval]; a run that never gets there counts one step too long")
-    print_table(table, {title: f"{{{title}}}" for title in table[0]})
+    print_table(table)
     print(plan.verdict(logs))
 
 
@@ -977,26 +964,8 @@ PRIORS, UPDATES, RATES, RACERS = (0.01, 0.05, 0.2), (4, 16), (1e-4, 2e-4, 4e-4),
 
 def regime_map(flags):
     """CISPO's steps to a fork rate of 50 % as a part of the others', over the regime: algos-map.csv, algos-map.png."""
-    path = Path(flags.out) / "algos-map.csv"
     cells = list(itertools.product(PRIORS, UPDATES, RATES))
-    if not flags.redraw:
-        settings = {
-            f"{prior:g} {k} {lr:g} {algo}": {"fork_prior": prior, "updates_per_rollout": k, "lr": lr, "algo": algo}
-            for (prior, k, lr), algo in itertools.product(cells, RACERS)
-        }
-        logs = {}
-        for row in run_study(dataclasses.replace(STUDIES["algos"], settings=settings), flags.quick):
-            logs.setdefault((row["setting"], row["seed"]), []).append({c: x for c, x in row.items() if x != ""})
-        rows = []
-        for (setting, seed), log in logs.items():
-            row = {**settings[setting], "seed": seed, "area": f"{area(log, 'accuracy'):.4g}"}
-            row |= {f"steps_{c}": f"{steps_to(log, c, level):.4g}" for c, level in THRESHOLDS.items()}
-            rows.append(row | {"final": last(log, "accuracy")})
-        write_csv(path, rows)
-    runs = {}
-    for row in read_csv(path):
-        key = row["fork_prior"], int(row["updates_per_rollout"]), row["lr"], row["algo"]
-        runs.setdefault(key, []).append(row)
+    runs = by(recorded(flags, "algos-map", map_rows), "fork_prior", "updates_per_rollout", "lr", "algo")
 
     def part(cell, other, column):
         """CISPO's steps over the other's, seed by seed."""
@@ -1011,7 +980,7 @@ def regime_map(flags):
         row |= {f"cispo / {other}": interval(part(cell, other, "steps_fork_rate")) for other in RACERS[1:]}
         table.append(row)
     print("CISPO's steps to a fork rate of 50 %, as a part of the other's: median over seeds [95 % bootstrap interval]")
-    print_table(table, {title: f"{{{title}}}" for title in table[0]})
+    print_table(table)
     with picture(Path(flags.out) / "algos-map.png", 1, 2, figsize=(10, 3.8)) as axes:
         for axis, other in zip(axes, RACERS[1:]):
             grid = [
@@ -1037,6 +1006,19 @@ def regime_map(flags):
         rates = ", ".join(f"{algo} {lr:g}" for algo, lr in best.items())
         print(f"prior {prior:g}, {k} updates, each at its best learning rate by area on these seeds ({rates}):")
         print(f"    CISPO takes {', '.join(told)}")
+
+
+def map_rows(quick):
+    """Rows of algos-map.csv, one of every run: its setting and seed, area, steps to the thresholds, final accuracy."""
+    names, rows = ("fork_prior", "updates_per_rollout", "lr", "algo"), []
+    settings = {str(x): dict(zip(names, x)) for x in itertools.product(PRIORS, UPDATES, RATES, RACERS)}
+    runs = run_study(dataclasses.replace(STUDIES["algos"], settings=settings), quick)
+    for (setting, seed), log in by(runs, "setting", "seed").items():
+        log = [{c: x for c, x in row.items() if x != ""} for row in log]
+        row = {**settings[setting], "seed": seed, "area": f"{area(log, 'accuracy'):.4g}"}
+        row |= {f"steps_{c}": f"{steps_to(log, c, level):.4g}" for c, level in THRESHOLDS.items()}
+        rows.append(row | {"final": last(log, "accuracy")})
+    return rows
 
 
 PRESSURE = {"updates_per_rollout": 16, "steps": 36, "eval_every": 3, "eval_problems": 150, "eval_samples": 4}
@@ -1094,16 +1076,13 @@ STUDIES = {
 
 
 # ============================================================================
-# 9. One response, token by token
+# 9. Inside a run: one response token by token, the sizes of gradients
 # ============================================================================
 
 
 def forks(flags):
     """The ratio of every token of one real response after each of 16 updates: forks.csv and forks.png."""
-    path = Path(flags.out) / "forks.csv"
-    if not flags.redraw:
-        write_csv(path, watch_a_response(flags.quick))
-    rows = read_csv(path)
+    rows = recorded(flags, "forks", watch_a_response)
     tokens = [row for row in rows if row["update"] == 0 and row["algo"] == "cispo"]
     names = [str(row["token"]).replace("<end_of_sentence>", "end") for row in tokens]
     with picture(Path(flags.out) / "forks.png", 1, 2, figsize=(11, 3.8), width_ratios=(3, 2)) as (left, right):
@@ -1120,7 +1099,8 @@ def forks(flags):
         )
         left.set_yticks(range(n), range(1, n + 1), fontsize=7)
         left.set(title="one response under CISPO; x: PPO drops the token", ylabel="update")
-        left.figure.colorbar(image, label="ratio to the old policy", ticks=[0.5, 1, 2], format="{x:g}")
+        bar = left.figure.colorbar(image, label="ratio to the old policy", ticks=[0.5, 1, 2], format="{x:g}")
+        bar.minorticks_off()
         for algo in dict.fromkeys(row["algo"] for row in rows):
             fork = [row for row in rows if row["algo"] == algo and row["position"] == 0]
             draw_curve(right, fork, "update", "ratio", algo)
@@ -1180,14 +1160,11 @@ def watched(experience, tokenizer):
 def adam(flags):
     """The study of AdamW's eps, then what its gradients are like: adam-gradients.csv and adam-gradients.png."""
     study("adam", flags)
-    path = Path(flags.out) / "adam-gradients.csv"
-    if not flags.redraw:
-        write_csv(path, watch_gradients(flags.quick))
-    rows = read_csv(path)
+    rows = recorded(flags, "adam-gradients", watch_gradients)
     sizes, updates = ([row for row in rows if name in row] for name in ("share", "cosine"))
     with picture(Path(flags.out) / "adam-gradients.png", 1, 2, figsize=(10, 3.4)) as (left, right):
         left.bar([row["exponent"] for row in sizes], [row["share"] for row in sizes], align="edge", width=0.9)
-        left.set(title="sizes of gradients over 40 updates", xlabel="log10 |g|", ylabel="share of all")
+        left.set(title=f"sizes of gradients over {len(updates) + 1} updates", xlabel="log10 |g|", ylabel="share of all")
         right.plot([row["update"] for row in updates], [row["cosine"] for row in updates], "o-", ms=3)
         right.set(title="gradients of successive updates", xlabel="update", ylabel="cosine of the angle between")
     below = {n: sum(row["share"] for row in sizes if row["exponent"] < n) for n in (-14, -8, -5)}
@@ -1233,16 +1210,11 @@ RECALLS = {"recall": "asked at once", "far": "asked after 32 characters of fille
 
 def hybrid(flags):
     """Associative recall against the number of pairs, for five mixtures of layers: hybrid.csv and hybrid.png."""
-    path = Path(flags.out) / "hybrid.csv"
-    if not flags.redraw:
-        write_csv(path, run_recalls(flags.quick))
-    rows = read_csv(path)
-    curves = {}
-    for task, ratio in itertools.product(RECALLS, RATIOS):
-        mine = [row for row in rows if (row["task"], row["softmax_every"]) == (task, ratio)]
-        seeds = [[row for row in mine if row["seed"] == seed] for seed in sorted({row["seed"] for row in mine})]
-        if seeds:
-            curves[task, ratio] = median_and_range(seeds, "pairs", "accuracy")
+    rows = recorded(flags, "hybrid", run_recalls)
+    curves = {
+        key: median_and_range(by(mine, "seed").values(), "pairs", "accuracy")
+        for key, mine in by(rows, "task", "softmax_every").items()
+    }
     with picture(Path(flags.out) / "hybrid.png", 1, 2, figsize=(10, 3.8), sharey=True) as axes:
         for axis, (task, title) in zip(axes, RECALLS.items()):
             for ratio, name in RATIOS.items():
@@ -1256,7 +1228,7 @@ def hybrid(flags):
         for (task, ratio), curve in curves.items()
     ]
     print("held-out accuracy after imitation, median [range] over seeds")
-    print_table(table, {title: f"{{{title}}}" for row in table for title in row})
+    print_table(table)
 
 
 def run_recalls(quick):
@@ -1294,34 +1266,22 @@ BUDGETS = range(0, 11)  # tokens of thinking, the fork among them
 
 def budget(flags):
     """What more thinking buys, before and after a run's window has grown: budget.csv and budget.png."""
-    path = Path(flags.out) / "budget.csv"
-    if not flags.redraw:
-        write_csv(path, spend_budgets(flags.quick))
-    rows, curves = read_csv(path), {}
-    for window in dict.fromkeys(row["window"] for row in rows):
-        mine = [row for row in rows if row["window"] == window]
-        seeds = [[row for row in mine if row["seed"] == seed] for seed in dict.fromkeys(row["seed"] for row in mine)]
-        for column in ("accuracy", "tokens", "us_per_response"):
-            curves[window, column] = median_and_range(seeds, "budget", column)
-    windows = list(dict.fromkeys(window for window, _ in curves))
-    with picture(Path(flags.out) / "budget.png", 1, 2, figsize=(10, 3.8)) as (left, right):
-        for window in windows:
-            label = f"trained with responses of up to {window:.0f} tokens"
-            draw_curve(left, curves[window, "accuracy"], "budget", "accuracy", label)
-            draw_curve(right, curves[window, "tokens"], "budget", "tokens", label)
-        left.set(title="test-time compute buys accuracy", xlabel="thinking budget, tokens", ylabel="held-out accuracy")
-        right.set(title="what is spent of it", xlabel="thinking budget, tokens", ylabel="tokens of a response")
-        left.legend(fontsize=8)
-    text = "{0:.3g} [{1:.3g}, {2:.3g}]"
-    table = [
-        {"window": f"{window:.0f}", "budget": f"{row['budget']:.0f}"}
-        | {c: text.format(*(curves[window, c][i][c + end] for end in ("", "_low", "_high"))) for _, c in columns}
-        for window, columns in itertools.groupby(curves, lambda key: key[0])
-        for columns in [list(columns)]
-        for i, row in enumerate(curves[window, "accuracy"])
-    ]
-    print("held-out accuracy, tokens and microseconds of a response: median [range] over seeds")
-    print_table(table, {title: f"{{{title}}}" for title in table[0]})
+    windows = by(recorded(flags, "budget", spend_budgets), "window")
+    labels = {"accuracy": "held-out accuracy", "tokens": "tokens of a response", "us": "microseconds of a response"}
+    table = []
+    with picture(Path(flags.out) / "budget.png", 1, 3, figsize=(11, 3.6)) as axes:
+        for window, rows in windows.items():
+            for axis, (column, label) in zip(axes, labels.items()):
+                curve = median_and_range(by(rows, "seed").values(), "budget", column)
+                draw_curve(axis, curve, "budget", column, f"responses of up to {window:.0f} tokens in training")
+                axis.set(xlabel="thinking budget, tokens", ylabel=label)
+            for limit, seeds in by(rows, "budget").items():
+                row = {column: interval([seed[column] for seed in seeds]) for column in labels}
+                table.append({"window": f"{window:.0f}", "budget": f"{limit:.0f}"} | row)
+        axes[0].legend(fontsize=7)
+        axes[0].figure.suptitle("thinking longer buys accuracy, for who has learnt to (median and range of the seeds)")
+    print("median over seeds [95 % bootstrap interval]")
+    print_table(table)
 
 
 def spend_budgets(quick):
@@ -1341,7 +1301,7 @@ def spend_budgets(quick):
                     row = {"seed": seed, "window": window, "budget": limit}
                     row["accuracy"] = f"{train_rl.mean(s.correct for s in scores):.4f}"
                     row["tokens"] = f"{float(rollout.lengths.float().mean()):.3f}"
-                    rows.append(row | {"us_per_response": f"{rollout.seconds / len(scores) * 1e6:.4g}"})
+                    rows.append(row | {"us": f"{rollout.seconds / len(scores) * 1e6:.4g}"})
     return rows
 
 
@@ -1372,18 +1332,31 @@ def quartiles(name, values):
     return {name: f"{median:.4g}", f"{name}_low": f"{low:.4g}", f"{name}_high": f"{high:.4g}"}
 
 
-def measured(flags, name, measure, check=lambda: None):
-    """Rows of NAME.csv: measured and written now (after `check`), or with --redraw those that are there."""
+def recorded(flags, name, measure):
+    """Rows of NAME.csv: measured (a function of --quick) and written now, or with --redraw those that are there."""
     path = Path(flags.out) / f"{name}.csv"
     if not flags.redraw:
-        check()
         torch.manual_seed(0)
-        machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        write_csv(path, [row | machine for row in measure(flags.quick)])
-    rows = read_csv(path)
+        write_csv(path, measure(flags.quick))
+    return read_csv(path)
+
+
+def measured(flags, name, measure):
+    """recorded(...) with the machine in every row; says on which one it was."""
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    rows = recorded(flags, name, lambda quick: [row | machine for row in measure(quick)])
     where = "bf16, {gpu}" if "gpu" in rows[0] else "fp32, {threads:.0f} CPU threads"
     print(f"medians, {where}, torch {{torch}}".format(**rows[0]))
     return rows
+
+
+def by(rows, *columns):
+    """Rows grouped by one column, {value: rows}, or by several, {(value, ...): rows}, in the order they come in."""
+    groups = {}
+    for row in rows:
+        key = tuple(row[column] for column in columns)
+        groups.setdefault(key if len(columns) > 1 else key[0], []).append(row)
+    return groups
 
 
 def read_csv(path):
@@ -1407,8 +1380,9 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-def print_table(rows, columns):
-    """Aligned columns {title: format of a row}; nan where a row lacks what the format names."""
+def print_table(rows, columns=None):
+    """Aligned columns {title: format of a row}, by default all as they are; nan where a row lacks what is named."""
+    columns = columns or {name: f"{{{name}}}" for row in rows for name in row}
     rows = [collections.defaultdict(lambda: math.nan, row) for row in rows]
     table = [list(columns), *([text.format_map(row) for text in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]

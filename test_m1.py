@@ -1986,7 +1986,7 @@ def test_budget_scores_both_windows_of_a_run_at_every_budget(tmp_path, capsys):
     bench.main(["budget", "--quick", "--out", str(tmp_path)])
     said, rows = capsys.readouterr().out, bench.read_csv(tmp_path / "budget.csv")
     assert [(row["window"], row["budget"]) for row in rows] == [*itertools.product((8, 12), bench.BUDGETS)]
-    assert all(0 <= row["accuracy"] <= 1 < row["tokens"] <= 12 and row["us_per_response"] > 0 for row in rows)
+    assert all(0 <= row["accuracy"] <= 1 < row["tokens"] <= 12 and row["us"] > 0 for row in rows)
     bench.main(["budget", "--redraw", "--out", str(tmp_path)])
     assert capsys.readouterr().out == said and (tmp_path / "budget.png").stat().st_size > 5000
 
@@ -2038,7 +2038,7 @@ def test_the_map_of_the_regime_divides_cispos_steps_by_the_others_and_picks_each
 def test_the_readmes_numbers_of_the_studies_and_of_the_gpu_are_those_of_the_committed_files(capsys):
     readme = " ".join((HERE / "README.md").read_text().split())
     studies = {}
-    for name in ("algos", "control", "adam"):
+    for name in ("algos", "control", "adam", "eps"):
         studies[name] = {}
         for row in bench.read_csv(HERE / f"figures/{name}.csv"):
             studies[name].setdefault(row["setting"], {}).setdefault(row["seed"], []).append(row)
@@ -2053,6 +2053,13 @@ def test_the_readmes_numbers_of_the_studies_and_of_the_gpu_are_those_of_the_comm
     for eps in ("1e-15", "1e-08"):
         final = bench.interval([bench.last(run, "accuracy") for run in studies["adam"][f"eps {eps}"]])
         assert f"{final} ({eps.replace('-0', '-')})" in readme
+    for cap, name in (("cap 2", "cap 2"), ("cap none", "none")):
+        final = bench.interval([bench.last(run, "accuracy") for run in studies["eps"][cap]])
+        assert f"{final} ({name})" in readme
+    sizes = bench.read_csv(HERE / "figures/adam-gradients.csv")
+    below = sum(row["share"] for row in sizes if row.get("exponent", 0) < -8)
+    cosine = bench.bootstrap([row["cosine"] for row in sizes if "cosine" in row])[0]
+    assert f"{below:.1%} of a tiny model's".replace("%", " %") in readme and f"median cosine {cosine:.2f}" in readme
     for row in bench.read_csv(HERE / "figures/decode-step.csv"):
         cells = [row["floor_us"], row["triton_us"], row["torch_us"], row["fla_us"]]
         assert (

@@ -681,7 +681,7 @@ def reopen(folder, optimizer, device, last_step):
     try:
         state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-        step, seconds, curriculum = int(state["step"]), float(state["seconds"]), dict(state.get("curriculum", {}))
+        step, seconds, curriculum = int(state["step"]), float(state["seconds"]), dict(state["curriculum"])
     except (pickle.UnpicklingError, RuntimeError, LookupError, EOFError, ValueError, TypeError, AttributeError):
         file = checkpoint / "trainer.pt"
         raise ValueError(f"{file} is damaged; point {folder}/latest at an older checkpoint") from None
@@ -692,8 +692,6 @@ def reopen(folder, optimizer, device, last_step):
     for newer in sorted(folder.glob("step-*")):
         if newer.name > f"step-{step:06d}":
             shutil.rmtree(newer)
-    if not (folder / "dropped.csv").exists():  # a run of an earlier version
-        write_file(folder / "dropped.csv", ",".join(DROPPED) + "\n")
     for file in ("log.csv", "dropped.csv"):
         header, *lines = (folder / file).read_text().splitlines(keepends=True)
         kept = (line for line in lines if int(line.partition(",")[0]) <= step and line.endswith("\n"))
