@@ -1022,6 +1022,7 @@ def map_rows(quick):
 
 
 PRESSURE = {"updates_per_rollout": 16, "steps": 36, "eval_every": 3, "eval_problems": 150, "eval_samples": 4}
+MIXED = {"min_moves": 2, "moves": 8}  # chains of 2 to 8 steps are responses of 6 to 12 tokens
 RARE_FORK = {"fork_prior": 0.01}  # the regime of the report: the token that matters is rare
 STUDIES = {
     "algos": Study(
@@ -1059,11 +1060,12 @@ STUDIES = {
     "windows": Study(
         "responses may grow in stages, at once, or by a forced jump",
         {
-            "staged": {"windows": "7,10,16"},
-            "at once": {},
-            "forced jump": {"windows": "7,10,16", "jump_at": 10},
+            "staged": {"windows": "8,10,12"},
+            "at once": {"max_new_tokens": 12},
+            "forced jump": {"windows": "8,10,12", "jump_at": 10},
         },
-        PRESSURE | {"updates_per_rollout": 4, "steps": 60},
+        PRESSURE | MIXED | {"updates_per_rollout": 4, "steps": 60},
+        MIXED,
         curves=("length_p99", "negative_early", "negative_late", "accuracy"),
     ),
     "balance": Study(
@@ -1210,23 +1212,18 @@ RECALLS = {"recall": "asked at once", "far": "asked after 32 characters of fille
 
 def hybrid(flags):
     """Associative recall against the number of pairs, for five mixtures of layers: hybrid.csv and hybrid.png."""
-    rows = recorded(flags, "hybrid", run_recalls)
-    curves = {
-        key: median_and_range(by(mine, "seed").values(), "pairs", "accuracy")
-        for key, mine in by(rows, "task", "softmax_every").items()
-    }
-    with picture(Path(flags.out) / "hybrid.png", 1, 2, figsize=(10, 3.8), sharey=True) as axes:
-        for axis, (task, title) in zip(axes, RECALLS.items()):
-            for ratio, name in RATIOS.items():
-                draw_curve(axis, curves.get((task, ratio), []), "pairs", "accuracy", name)
-            axis.axhline(0.1, color="gray", ls=":")
-            axis.set(title=title, xlabel="pairs to remember", ylabel="accuracy (dotted: chance)")
-        axes[0].legend(fontsize=8)
+    parts, table = by(recorded(flags, "hybrid", run_recalls), "task"), []
     text = "{accuracy:.2f} [{accuracy_low:.2f}, {accuracy_high:.2f}]"
-    table = [
-        {"task": task, "layers": RATIOS[ratio]} | {f"{row['pairs']:.0f} pairs": text.format(**row) for row in curve}
-        for (task, ratio), curve in curves.items()
-    ]
+    with picture(Path(flags.out) / "hybrid.png", 1, len(parts), figsize=(10, 3.8), squeeze=False) as axes:
+        for axis, (task, rows) in zip(axes[0], parts.items()):
+            for ratio, runs in by(rows, "softmax_every").items():
+                curve = median_and_range(by(runs, "seed").values(), "pairs", "accuracy")
+                draw_curve(axis, curve, "pairs", "accuracy", RATIOS[ratio])
+                row = {f"{point['pairs']:.0f} pairs": text.format(**point) for point in curve}
+                table.append({"task": task, "layers": RATIOS[ratio]} | row)
+            axis.axhline(0.1, color="gray", ls=":")
+            axis.set(title=RECALLS[task], xlabel="pairs to remember", ylabel="accuracy (dotted: chance)")
+        axes[0, 0].legend(fontsize=8)
     print("held-out accuracy after imitation, median [range] over seeds")
     print_table(table)
 
@@ -1260,7 +1257,7 @@ def run_recalls(quick):
 # 11. Accuracy against the thinking budget            (the 40K and 80K models)
 # ============================================================================
 
-STAGED = {"min_moves": 2, "moves": 8, "windows": "8,12", "jump_at": 31, "steps": 60, "checkpoint_every": 30, "keep": 2}
+STAGED = MIXED | {"windows": "8,12", "jump_at": 31, "steps": 60, "checkpoint_every": 30, "keep": 2}
 BUDGETS = range(0, 11)  # tokens of thinking, the fork among them
 
 
