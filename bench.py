@@ -1257,8 +1257,8 @@ def run_recalls(quick):
 # 11. Accuracy against the thinking budget            (the 40K and 80K models)
 # ============================================================================
 
-STAGED = MIXED | {"windows": "8,12", "jump_at": 31, "steps": 60, "checkpoint_every": 30, "keep": 2}
-BUDGETS = range(0, 11)  # tokens of thinking, the fork among them
+STAGED = MIXED | {"fork_prior": 0.3, "windows": "8,12", "jump_at": 41, "steps": 80, "checkpoint_every": 40, "keep": 2}
+BUDGETS = range(1, 11)  # tokens of thinking, the fork among them; thinking nothing at all is malformed
 
 
 def budget(flags):
