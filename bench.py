@@ -271,7 +271,9 @@ def half_lives():
 # ============================================================================
 
 BATCHES = {"training": ((48, 24), (64, 24), (256, 24), (16, 256)), "generation": ((64, 14), (256, 14))}
-GOALS = {"training": 1.3, "generation": 1.5}  # times transformers' tokens per second
+BATCHES |= {"rl step": ((256, 14),)}  # 32 prompts x 8
+GOALS = {"training": 1.3, "generation": 1.5, "rl step": 1.5}  # times transformers' tokens per second
+RL = train_rl.Flags(preset="tiny")  # groups of 8, 4 updates, CISPO
 
 
 def cpu(flags):
@@ -294,24 +296,27 @@ def cpu(flags):
         axis.set(title="tokens per second, transformers = 1 (dashed: the goal)", ylabel="ratio, median and quartiles")
 
     verdicts = []
-    for job, goal in GOALS.items():
-        ratios = [row["ratio"] for row in rows if row["job"] == job]
+    for job in dict.fromkeys(row["job"] for row in rows):
+        goal, ratios = GOALS[job], [row["ratio"] for row in rows if row["job"] == job]
         reached = "reached" if min(ratios) >= goal else f"missed in {sum(r < goal for r in ratios)} of {len(ratios)}"
         verdicts.append(f"{job} is {min(ratios):.2f} to {max(ratios):.2f} times as fast (goal {goal}: {reached})")
-    print(f"Beside transformers {rows[0]['transformers']}, {' and '.join(verdicts)}.")
+    print(f"Beside transformers {rows[0]['transformers']}, {', '.join(verdicts)}.")
 
 
 def time_cpu(quick):
     """Rows of cpu.csv: both sides take turns in one process, with the same threads, batches, AdamW and clipping, fp32,
     each with its router loss (0.001) on; then they sample at temperature 1, prompts of 8 tokens and no end token.
+    An RL step is 8 responses to every prompt, random rewards, a pass for the old log-probs (ours has a quarter of them
+    from its first update) and 4 updates on CISPO's loss.
     """
     sides, version = {"ours": our_side()}, None
     with contextlib.suppress(ImportError):
         sides["theirs"], version = their_side()
     rows = []
     for job, batches in BATCHES.items():
-        for n, new in ((2, 4),) if quick else batches:
-            tokens = torch.randint(0, 256, (n, new + 1 if job == "training" else 8))
+        for n, new in ((32, 4),) if quick else batches:
+            rows_in = n // RL.group_size if job == "rl step" else n
+            tokens = torch.randint(0, 256, (rows_in, new + 1 if job == "training" else 8))
             runs = {name: functools.partial(side[job], tokens, new) for name, side in sides.items()}
             seconds = race(runs, 2 if quick else 15)
             row = {"job": job, "batch": f"{n}x{new}", "transformers": version}
@@ -333,7 +338,16 @@ def our_side():
     def sample(prompts, n):
         generate(model, prompts.tolist(), max_new_tokens=n, eos_id=-1, seed=0)
 
-    return {"training": trainer(model, forward), "generation": sample}
+    def rl_step(prompts, n):
+        prompts, G = prompts.tolist(), RL.group_size
+        rollout = generate(model, prompts, group_size=G, max_new_tokens=n, eos_id=-1, seed=0)
+        repeated = [prompt for prompt in prompts for _ in range(G)]
+        batch = train_rl.make_batch(repeated, rollout.tokens.tolist(), rollout.mask.tolist(), "cpu")
+        experience = train_rl.Experience(batch, coins(len(repeated)), rollout.logp.flatten(), {})
+        train_rl.update(model, optimizer, experience, RL, 1e-4)
+
+    optimizer = train_rl.make_optimizer(model, 0.0)
+    return {"training": trainer(model, forward), "generation": sample, "rl step": rl_step}
 
 
 def their_side():
@@ -347,16 +361,40 @@ def their_side():
     config = transformers.MiniMaxConfig(**dataclasses.asdict(c), **alphas, layer_types=kinds)  # other keys: same names
     model = transformers.MiniMaxForCausalLM(config).train()
 
-    def forward(tokens):
-        out = model(tokens, output_router_logits=True, use_cache=False)
+    def forward(tokens, n=0):  # logits of the last n tokens, 0 = all
+        out = model(tokens, output_router_logits=torch.is_grad_enabled(), use_cache=False, logits_to_keep=n)
         return out.logits, out.aux_loss
 
-    def sample(prompts, n):  # top_k 0: its default would look for the 50 likeliest tokens first
+    def sample(prompts, n, group_size=1):  # top_k 0: its default would look for the 50 likeliest tokens first
         how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "use_cache": True, "pad_token_id": 0}
-        mask = torch.ones_like(prompts)
-        model.generate(prompts, attention_mask=mask, min_new_tokens=n, max_new_tokens=n, **how)
+        how |= {"num_return_sequences": group_size, "attention_mask": torch.ones_like(prompts)}
+        return model.generate(prompts, min_new_tokens=n, max_new_tokens=n, **how)
 
-    return {"training": trainer(model, forward), "generation": sample}, transformers.__version__
+    def logp(tokens, n):
+        logits, router_loss = forward(tokens[:, :-1], n)
+        return logits.log_softmax(-1).gather(-1, tokens[:, -n:, None])[..., 0], router_loss
+
+    def rl_step(prompts, n):
+        tokens = sample(prompts, n, RL.group_size)
+        advantages = cispo.group_advantages(coins(len(tokens)), RL.group_size)
+        parts = tokens.chunk(RL.updates_per_rollout)
+        with torch.no_grad():
+            old = [logp(part, n)[0] for part in parts]
+        for part, old_logp, advantage in zip(parts, old, advantages.chunk(len(parts))):
+            new_logp, router_loss = logp(part, n)
+            weights = cispo.token_weights(torch.ones_like(new_logp, dtype=torch.bool))
+            loss, _ = cispo.policy_loss(new_logp, old_logp, advantage, weights)
+            (loss + model.config.router_aux_loss_coef * router_loss).backward()
+            train_rl.optimizer_step(model, optimizer, 1e-4, 1.0)
+
+    optimizer = train_rl.make_optimizer(model, 0.0)
+    jobs = {"training": trainer(model, forward), "generation": sample, "rl step": rl_step}
+    return jobs, transformers.__version__
+
+
+def coins(n):
+    """n rewards of 0 or 1, at random and always the same."""
+    return torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(0)).float()
 
 
 def trainer(model, forward):
