@@ -165,7 +165,8 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
     tail = power[:, :C].flip(1)[..., None]  # (H, C, 1): lam^(C-r); its last m rows are lam^(m-j)
 
     o = []
-    for qc, kc, vc in zip(*(x.split(C, dim=2) for x in (q, k, v))):
+    chunks = [(q, k, v)] if q.shape[2] == C else zip(*(x.split(C, dim=2) for x in (q, k, v)))  # split costs a copy back
+    for qc, kc, vc in chunks:
         m = qc.shape[2]
         oc = (qc @ kc.mT * inside[:, :m, :m]) @ vc
         kv = (kc * tail[:, C - m :]).mT @ vc

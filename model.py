@@ -600,7 +600,8 @@ class MiniMaxM1(nn.Module):
         """
 
         def block(h, target):
-            logp = (self.head(h) / temperature).log_softmax(-1)
+            logits = self.head(h)
+            logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
             entropy = -(logp.exp() * logp).sum(-1) if with_entropy else logp.new_zeros(())
             return logp.gather(-1, target[:, None])[:, 0], entropy
 
