@@ -192,14 +192,16 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 # so there is one kernel and it runs four times; backward needs nothing but the inputs. Grid: a program owns one head of
 # one sequence and BV of the V columns of c, and walks along the tokens chunk by chunk. Its state S^T (BV, K) fp32 stays
 # in registers; tiles of a, b and c come in ahead of their use (copy engine, STAGES deep), o goes out, nothing else moves.
-# With u = 0..C-1 counting tokens in the direction of the walk, and e = 1 (forward) or 0 (reversed):
+# Where programs are fewer than processors, the length is cut into segments: a first launch computes what each adds to
+# the state, the second begins every segment at the sum of what came before (see _plan).
+# u = 0..C-1 counts tokens of a chunk in the direction of the walk; R = 0 (forward) or 1 (reversed):
 #
 #     inside   P^T    = (b a^T) * M          M_ju = lam^(u-j) for j <= u, else 0
-#     older    o^T    = (S^T a^T) lam^(u+e)
+#     older    o^T    = (S^T a^T) lam^(u+1-R)
 #     both     o^T   += c^T P^T
-#     state    S^T    = lam^C S^T + (c lam^(C-1-u+e'))^T b            e' = 1 - e
+#     state    S^T    = lam^C S^T + (c lam^(C-1-u+R))^T b
 #
-# e is the only trace of the direction: o_t sees its own token undecayed and the state one step older; in reverse the
+# R is the only trace of the direction: o_t sees its own token undecayed and the state one step older; in reverse the
 # step lies on the other side. Everything is transposed so that S^T and c^T lam^.. go from the registers where they were
 # made into the next product: written the usual way round, both pass through shared memory once more a chunk.
 #
@@ -207,15 +209,15 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 # programs at the same time; the L2 cache serves all but the first. FLOPs: 2 C (K + V) + 4 K V, K-products V / BV times.
 #
 # What each idea bought: forward at (B, L, H, D) = (1, 8192, 64, 128) bf16 on an H200, x the time that memory needs.
-#     pointers, cp.async 4 deep                            1.56
-#     copy engine, (B, L, H, V) tiles                      1.50
-#     copy engine, flat (B L, H V) tiles                   1.39
-#     S^T from the registers, transposed throughout        1.33
-#     c^T lam^.. from the registers, too (FLAT below)      1.26
-# What bounds the rest: loads and stores alone take 1.03, and reading everything from the L2 cache instead 1.33 where the
-# whole took 1.35, so it is not memory but the chain of products and barriers inside a chunk, with one program to a
-# processor. With enough sequences for two (8, 8192, 64, 128) they hide each other's waiting: 1.12. Where tensors lie
-# matters, too: at 32,768 tokens 1.38 one after another, 1.64 with 2 MB between them; at 65,536 tokens 1.27.
+#     pointers, cp.async 4 deep                                           1.56
+#     copy engine, (B, L, H, V) tiles                                     1.50
+#     copy engine, flat (B L, H V) tiles                                  1.39
+#     S^T from the registers, transposed throughout                       1.33
+#     c^T lam^.. from the registers, too (the product of zeros below)     1.26
+# (1.24 to 1.29 on other H200s.) What bounds the rest is the chain of products and barriers inside a chunk, not memory:
+# loads and stores alone take 1.03, and reading all from the L2 cache saved 0.02. Two programs to a processor hide each
+# other's waiting: 1.12 at (8, 8192, 64, 128). Where tensors lie matters, too: 32,768 tokens took 1.38 with tensors one
+# after another and 1.64 with 2 MB between them, 65,536 tokens 1.27.
 
 
 @_jit
@@ -224,7 +226,11 @@ def _scan_kernel(
     state_k, state_v, REVERSE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     FLAT: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """o = scan(a, b, c) of one head, BV columns of c and one segment. a, b (B, L, H, K), c, o (B, L, H, V) descriptors."""
+    """o = scan(a, b, c) of one head, BV columns of c and one segment. a, b (B, L, H, K), c, o (B, L, H, V) descriptors.
+
+    o_ptr: o again, for masked stores. step_*: elements between heads. state_k, state_v: strides of first and last.
+    OUTPUT False: no o, only `local` (N, segments, H, V, K), what each segment adds to the state.
+    """
     pid, n_v = tl.program_id(0), tl.cdiv(V, BV)
     v0, h, g, n = pid % n_v * BV, pid // n_v % H, pid // (n_v * H) % n_segments, pid // (n_v * H * n_segments)
     row, start, n_tokens = n, 0, L  # row of the batch, first token in it
@@ -342,8 +348,8 @@ def _forget_kernel(rate, n_tokens):
 def _scan(a, b, c, o, slope, first=None, last=None, cu_seqlens=None, *, reverse=False, flip=False, **choice):
     """Launch the kernel: fills o (B, L, H, V), contiguous, and `last`, if given, with the state behind the last token.
 
-    a, b (B, L, H, K), c (B, L, H, V); first, last (N, H, K, V) fp32, or (N, H, V, K) with `flip`. `choice` goes to
-    _plan.
+    a, b (B, L, H, K), c (B, L, H, V); first, last (N, H, K, V) fp32, or (N, H, V, K) with `flip`: dq and dk are scans
+    with K and V exchanged, whose state is the transpose. `choice` goes to _plan.
     """
     B, L, H, K = a.shape
     V = c.shape[-1]
@@ -382,13 +388,12 @@ def _plan(N, a, b, c, *, alone=None, C=None, BV=None, n_segments=None, flat=None
     """Block sizes and the like for N sequences: fixed rules, from a sweep on an H200 (bench.py kernel --sweep).
 
     C = 64 rows are what a matrix instruction takes. BV = 64: two programs to a head of width 128, so 64 heads fill 128
-    of 132 processors. Where that is all there is (one program to a processor), tiles are cut from a flat (B L, H V)
-    view, 4 deep: 1.29 x the memory floor, 1.33 with (B, L, H, V) tiles. Where two programs share a processor it is the
-    other way round, 3 deep: 1.09, and 1.27 with flat tiles, two of which do not fit.
+    of 132 processors. Where that is all there is (`alone`: at most one program to a processor), tiles are cut from a
+    flat (B L, H V) view, 4 deep (5 gains up to 2 %, or loses it). Where two programs share a processor, as dk and dv
+    also do, running beside each other, (B, L, H, V) tiles 3 deep are better: two programs with flat ones do not fit.
 
-    Segments. Fewer programs than processors (batch 1 with 8 heads, say) would leave most of the GPU idle. Then the length
-    is cut: a first launch computes what each segment adds to the state, reading b and c once more (2 (K + V) bytes per
-    token and head on top of 2 (2K + 2V)); the second begins every segment at the sum of what came before.
+    Segments: as many as fill the GPU. They read b and c once more, 2 (K + V) bytes per token and head on top of
+    2 (2K + 2V).
     """
     B, L, H, K = a.shape
     V = c.shape[-1]
@@ -565,14 +570,17 @@ def lightning_step(q, k, v, slope, state, impl="auto"):
 
     q, k (B, H, K), v (B, H, V), slope (H,), state (B, H, K, V) fp32 (fp64 for fp64 inputs). Returns o (B, H, V) in
     q's dtype. Reads and writes the state once: 8 K V bytes per head and sequence, whatever the position. On a GPU this
-    is one launch, which a CUDA graph can hold. impl: "torch", "triton", or "auto" = "triton" on a GPU where it can.
+    is one launch, which a CUDA graph can hold. impl: "torch" (below), "triton" (the kernel; the state must be
+    contiguous), or "auto" = "triton" on a GPU where it can.
     """
     acc = _accumulator(q.dtype)
     if q.ndim != 3 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1] or slope.shape != q.shape[1:2]:
         found = ", ".join(str(tuple(x.shape)) for x in (q, k, v, slope))
         raise ValueError(f"q and k must be (B, H, K), v (B, H, V) and slope (H,), found {found}")
-    if impl not in ("auto", "torch", "triton") or (impl == "triton" and not state.is_contiguous()):
-        raise ValueError(f"impl must be auto, torch or triton (for a contiguous state), found {impl!r}")
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"impl must be auto, torch or triton, found {impl!r}")
+    if impl == "triton" and not state.is_contiguous():
+        raise ValueError('impl="triton" needs a contiguous state; call state.contiguous() or take impl="auto"')
     expected = (*q.shape, v.shape[-1])
     if state.dtype != acc or state.shape != expected:
         raise ValueError(f"the state must be {acc} of shape {expected}, found {state.dtype} {tuple(state.shape)}")

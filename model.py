@@ -901,14 +901,16 @@ def parse_flags(flags, argv, description, defaults=None):
     defaults: {field: value} that take the place of the dataclass's own where argv is silent. Booleans become --name and
     --no-name. Bad input: one line on stderr, exit code 2.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=plain, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists what is allowed\n")
     groups = {}
     for f in dataclasses.fields(flags):
         meta = f.metadata
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         optional = f.default is None or meta.get("optional", False)
-        text = f"{meta['help']} (default: {'none' if f.default is None else f.default})".replace("%", "%%")
+        choices = f"; {', '.join(meta['choices'])}" if "choices" in meta else ""
+        text = f"{meta['help']}{choices} (default: {'none' if f.default is None else f.default})".replace("%", "%%")
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": _reader(f.type, optional)}
         group.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
     parser.set_defaults(**(defaults or {}))

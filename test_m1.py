@@ -2060,6 +2060,10 @@ def test_the_readmes_numbers_of_the_studies_and_of_the_gpu_are_those_of_the_comm
     below = sum(row["share"] for row in sizes if row.get("exponent", 0) < -8)
     cosine = bench.bootstrap([row["cosine"] for row in sizes if "cosine" in row])[0]
     assert f"{below:.1%} of a tiny model's".replace("%", " %") in readme and f"median cosine {cosine:.2f}" in readme
+    for ratio, rows in bench.by(bench.read_csv(HERE / "figures/hybrid.csv"), "softmax_every").items():
+        curve = bench.median_and_range(bench.by(rows, "seed").values(), "pairs", "accuracy")
+        text = "{accuracy:.2f} [{accuracy_low:.2f}, {accuracy_high:.2f}]".format(**curve[-1])
+        assert f"{text} {bench.RATIOS[ratio].removesuffix(' (M1)')}" in readme
     for row in bench.read_csv(HERE / "figures/decode-step.csv"):
         cells = [row["floor_us"], row["triton_us"], row["torch_us"], row["fla_us"]]
         assert (

@@ -90,7 +90,12 @@ class Flags:
 
     task: str = flag("mod,walk,cups", "tasks to mix evenly, separated by commas", "problems")
     moves: int = flag(6, "difficulty: steps per problem", "problems", at_least=1)
-    min_moves: int = flag(None, "mix problems of so many to --moves steps; none = all alike", "problems", at_least=1)
+    min_moves: int = flag(
+        None,
+        "fewest steps per problem; they vary from this to --moves. none = all have --moves",
+        "problems",
+        at_least=1,
+    )
 
     sft_steps: int = flag(2000, "most steps; it ends when chains are learnt", "cold start", at_least=1)
     sft_skill: float = flag(0.95, "learnt: this share of forced chains is right", "cold start", at_least=0, at_most=1)
@@ -821,7 +826,8 @@ def print_banner(flags, model, folder):
     )
     head = torch.empty(model.config.head_dim, device=model.device, dtype=model.dtype)
     print("attention impl={}: {}".format(*choose_impl(head, head)))
-    print(f"problems  {flags.task}, {flags.moves} moves; scored on {flags.eval_problems} held-out problems")
+    moves = "-".join(str(n) for n in (flags.min_moves, flags.moves) if n)
+    print(f"problems  {flags.task}, {moves} moves; scored on {flags.eval_problems} held-out problems")
     print(f"loss      {flags.algo}: IS weight in {'[' if low else '('}{low:g}, {high:g}], {drops}")
     print(f"steps     {flags.steps}, each {step}")
     print(f"folder    {folder}")
@@ -965,7 +971,9 @@ def train(flags):
             learnt = cold_start(model, tokenizer, flags)
             print("cold start: {steps} steps, loss {loss:.3f}, forced chains right {skill:.2f}".format(**learnt))
             if learnt["skill"] < flags.sft_skill:
-                print("warning: chains are not learnt, so RL will make responses longer, not right; raise --sft-steps")
+                print(
+                    "warning: chains are not learnt, and RL would make responses longer, not right; raise --sft-steps"
+                )
         if step < 0 and flags.filter_problems:
             curriculum.kept = filter_problems(model, tokenizer, flags)
         if step < 0:
