@@ -636,7 +636,9 @@ def kernel(flags):
             axis.set(title=title, xlabel=xlabel, ylabel="microseconds per token", xscale="log", yscale="log")
         axes[0].legend(fontsize=8)
         axes[0].figure.suptitle(
-            "lightning attention close to the memory floor at every length ({gpu})".format(**rows[0])
+            "lightning attention: within 1.5 times the memory floor forward from 2,048 tokens on ({gpu})".format(
+                **rows[0]
+            )
         )
     if "fla_forward_us" in shapes[0]:
         best = [min(row[f"fla_{job}_us"] / row[f"triton_{job}_us"] for row in shapes[:3]) for job in JOBS]
@@ -863,7 +865,7 @@ class Study:
 
 THRESHOLDS = {"fork_rate": 0.5, "accuracy": 0.7}
 KEPT = ["step", "accuracy", "eval_fork_rate", "correct", "fork_rate", "length", "entropy", "grad_norm", "ratio_max",
-        "ppo_would_drop_frac", "ess", "prob_corr", "logp_gap_mean", "busiest_expert", "over_capacity", "groups", "window",
+        "weight_clip_frac_high", "ppo_would_drop_frac", "ess", "prob_corr", "logp_gap_mean", "busiest_expert", "over_capacity", "groups", "window",
         "length_p99", "perplexity", "negative_early", "negative_late"]  # fmt: skip
 
 
@@ -872,6 +874,8 @@ def study(name, flags):
     plan = STUDIES[name]
     rows = recorded(flags, name, functools.partial(run_study, plan))
     logs = {setting: list(by(mine, "seed").values()) for setting, mine in by(rows, "setting").items()}
+    if lacking := [column for column in plan.curves if not any(column in row for row in rows)]:
+        raise ValueError(f"{name}.csv has no column {', '.join(lacking)}; make it again without --redraw")
     with picture(Path(flags.out) / f"{name}.png", 1, len(plan.curves), figsize=(11, 3.6)) as axes:
         for axis, column in zip(axes, plan.curves):
             for setting, runs in logs.items():
@@ -1133,27 +1137,29 @@ def forks(flags):
         n = int(max(row["update"] for row in seen))
         grid = [[row["ratio"] for row in seen if row["update"] == update] for update in range(1, n + 1)]
         image = left.imshow(grid, norm="log", aspect="auto", cmap="RdBu_r", vmin=0.5, vmax=2)
-        for update, ratios in enumerate(grid):
-            for i, ratio in enumerate(ratios):
-                if ratio > 1.28:
-                    left.text(i, update, "x", ha="center", va="center", fontsize=7)
+        turn = int(tokens[0]["turn"])
+        left.axhspan(turn - 2.5, turn - 1.5, fill=False, lw=2)
         left.set_xticks(
             range(len(names)), [f"{name}\np {row['probability']:.2g}" for name, row in zip(names, tokens)], fontsize=8
         )
         left.set_yticks(range(n), range(1, n + 1), fontsize=7)
-        left.set(title="one response under CISPO; x: PPO drops the token", ylabel="update")
+        left.set(title="one response under CISPO; box: what its own update sees", ylabel="after update")
         bar = left.figure.colorbar(image, label="ratio to the old policy", ticks=[0.5, 1, 2], format="{x:g}")
         bar.minorticks_off()
         for algo in dict.fromkeys(row["algo"] for row in rows):
             fork = [row for row in rows if row["algo"] == algo and row["position"] == 0]
             draw_curve(right, fork, "update", "ratio", algo)
         right.axhline(1.28, color="gray", ls=":", label="DAPO's clip (GRPO's: 1.2)")
+        right.axvline(turn - 1, color="black", lw=1, label="what its own update sees")
         right.set(title=f"the fork token {names[0]}, by algorithm", xlabel="update", ylabel="ratio")
         right.legend(fontsize=8)
     print_table([row for row in seen if row["update"] == n], {c: f"{{{c}}}" for c in ("token", "probability", "ratio")})
-    ends = {row["algo"]: row["ratio"] for row in rows if row["position"] == 0}
-    told = ", ".join(f"{algo} x {ratio:.2f}" for algo, ratio in ends.items())
-    print(f"After {n} updates the fork token, probability {tokens[0]['probability']:.3f} before, has moved by: {told}.")
+    ratio = {row["algo"]: row["ratio"] for row in rows if row["position"] == 0 and row["update"] == turn - 1}
+    print(
+        f"This response is trained on in update {turn}. By then other responses have moved its fork token, of probability "
+        f"{tokens[0]['probability']:.3f}, by x {ratio['dapo']:.2f} (dapo: dropped above 1.28), x {ratio['grpo']:.2f} "
+        f"(grpo: above 1.2), x {ratio['cispo']:.2f} (cispo: always trained on)."
+    )
 
 
 def train_cold(folder, quick, **flags):
@@ -1162,9 +1168,9 @@ def train_cold(folder, quick, **flags):
 
 
 def watch_a_response(quick):
-    """Rows of forks.csv: algo, update, position, token, old probability, ratio.
+    """Rows of forks.csv: algo, turn (the update that trains on the response), update, position, token, probability, ratio.
 
-    After a cold start every algorithm trains on the same rollouts from the same weights.
+    After a cold start every algorithm trains on the same rollouts from the same weights. A response is trained on once.
     """
     with tempfile.TemporaryDirectory() as folder:
         train_cold(f"{folder}/cold", quick, fork_prior=0.05)
@@ -1177,6 +1183,8 @@ def watch_a_response(quick):
             if experience.batch is None:
                 raise ValueError("no group of responses earned unequal rewards: nothing to watch")
             one = experience.batch.rows(slice(i := watched(experience, tokenizer), i + 1))
+            groups = torch.arange(experience.seen["groups"]).tensor_split(min(16, experience.seen["groups"]))
+            turn = next(k for k, part in enumerate(groups, 1) if i // flags.group_size in part)
             ids = one.tokens[:, 1:][one.trained]
             with torch.no_grad():
                 old = train_rl.trained_logp(model, one)[0]
@@ -1187,17 +1195,18 @@ def watch_a_response(quick):
             for update, ratio in enumerate(ratios):
                 for position, (token, p, r) in enumerate(zip(ids.tolist(), old.exp().tolist(), ratio.tolist())):
                     text = repr(tokenizer.decode([token]))
-                    row = {"algo": algo, "update": update, "position": position, "token": text}
+                    row = {"algo": algo, "turn": turn, "update": update, "position": position, "token": text}
                     rows.append(row | {"probability": f"{p:.4g}", "ratio": f"{r:.4g}"})
     return rows
 
 
 def watched(experience, tokenizer):
-    """Index of the best-rewarded response that begins with the fork; of the best one where none does."""
+    """Index of the best-rewarded response that begins with the fork, the last such one; without a fork if there is none."""
     fork = tokenizer.encode(tasks.FORK)[0]
     batch = experience.batch
     first = batch.tokens[:, 1:].gather(1, batch.trained.int().argmax(1, keepdim=True))[:, 0]
-    return int((experience.rewards + 10 * (first == fork)).argmax())
+    value = experience.rewards + 10 * (first == fork)
+    return int((value == value.max()).nonzero()[-1])
 
 
 def adam(flags):

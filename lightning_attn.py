@@ -19,7 +19,7 @@ The kernel without a GPU: TRITON_INTERPRET=1 python lightning_attn.py runs it li
 Triton looks for that variable when kernels are defined, so it must be set before this file is imported.
 
 Dimension key: B batch, L tokens, H heads, K key width, V value width, C chunk, N packed sequences.
-Numerics: states and sums are fp32 (fp64 for fp64 inputs). Decay tables are made in float64 and cast. Only
+Numerics: states and sums are fp32 (fp64 for fp64 inputs). The PyTorch forms make their decay tables in float64 and cast. Only
 non-negative powers of lam < 1 are formed, so nothing overflows however steep the slope or long the text.
 """
 
@@ -208,13 +208,15 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 # Bytes per token and head (bf16): 2 (2K + 2V), each input once from memory, each output once. a and b are read by V / BV
 # programs at the same time; the L2 cache serves all but the first. FLOPs: 2 C (K + V) + 4 K V, K-products V / BV times.
 #
-# What each idea bought: forward at (B, L, H, D) = (1, 8192, 64, 128) bf16 on an H200, x the time that memory needs.
+# Backward reads three inputs in each of three scans, 9 + 3 tensors where 4 + 3 would do; dk and dv share some in the cache.
+#
+# What each idea bought, measured while writing: forward at (B, L, H, D) = (1, 8192, 64, 128) bf16 on an H200, x the time that memory needs.
 #     pointers, cp.async 4 deep                                           1.56
 #     copy engine, (B, L, H, V) tiles                                     1.50
 #     copy engine, flat (B L, H V) tiles                                  1.39
 #     S^T from the registers, transposed throughout                       1.33
 #     c^T lam^.. from the registers, too (the product of zeros below)     1.26
-# (1.24 to 1.29 on other H200s.) What bounds the rest is the chain of products and barriers inside a chunk, not memory:
+# (1.24 to 1.29 from one H200 to another.) What bounds the rest is the chain of products and barriers inside a chunk, not memory:
 # loads and stores alone take 1.03, and reading all from the L2 cache saved 0.02. Two programs to a processor hide each
 # other's waiting: 1.12 at (8, 8192, 64, 128). Where tensors lie matters, too: 32,768 tokens took 1.38 with tensors one
 # after another and 1.64 with 2 MB between them, 65,536 tokens 1.27.
@@ -623,7 +625,9 @@ def _step_op(
     if o.numel():
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         strides = [x.stride(dim) for dim in (0, 1) for x in (q, k, v)]
-        _step_kernel[(B * H * triton.cdiv(V, BV),)](q, k, v, o, slope, state, H, *strides, K, V, BK, BV, num_warps=4)
+        grid = (B * H * triton.cdiv(V, BV),)
+        with torch.cuda.device_of(q):
+            _step_kernel[grid](q, k, v, o, slope, state, H, *strides, K, V, BK, BV, num_warps=4)
     return o
 
 

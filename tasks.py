@@ -102,7 +102,7 @@ def draw(rng, n, names, n_moves, min_moves=None, held_out=False):
     """n problems, the tasks `names` in turn, all from the training or all from the held-out side.
 
     rng: random.Random. n_moves: the difficulty, steps per chain; with min_moves every problem has a number of its own
-    between the two. Held-out problems are distinct; ValueError if there are not enough of them at this difficulty.
+    between the two. Held-out problems are distinct, so of easy ones there may be fewer; ValueError if they run out.
     """
     unknown = [name for name in names if name not in TASKS]
     if unknown or not names:

@@ -177,11 +177,11 @@ class Flags:
             "--truncated penalise and --overlong-buffer lower the same rewards: leave out one":
                 self.truncated == "penalise" and self.overlong_buffer,
         }  # fmt: skip
-        if self.max_moves:
-            self.draw(random.Random(0), len(self.task_names), self.max_moves)  # or says why not
         for message, applies in refused.items():
             if applies:
                 raise ValueError(message)
+        if self.max_moves:
+            self.draw(random.Random(0), len(self.task_names), self.max_moves)  # or says why not
         for a, b in (("prompts", "updates_per_rollout"), ("prompts", "min_groups"), ("longest", "overlong_buffer")):
             if getattr(self, a) < getattr(self, b):
                 raise ValueError(f"{b} {getattr(self, b)} is more than there are {a}, {getattr(self, a)}; lower it")
@@ -211,7 +211,8 @@ class Flags:
         """Longest response in tokens."""
         if self.window_limits:
             return self.window_limits[-1]  # of the run as a whole, and so of its evaluations
-        worked = max(len((p.chain + p.answer).encode()) for p in self.held_out) + 3  # fork, </think>, end
+        hardest = tasks.draw(random.Random(0), len(self.task_names), self.task_names, self.moves)
+        worked = max(len((p.chain + p.answer).encode()) for p in self.held_out + hardest) + 3  # fork, </think>, end
         return worked + 6 if self.max_new_tokens is None else self.max_new_tokens
 
 
@@ -873,7 +874,7 @@ class StopRequest:
 
 
 def choose_device(flags):
-    """--device, where auto means the CPU for `tiny`: a GPU waits for its small operations (101 s a run on an H100)."""
+    """--device, where auto means the CPU for `tiny`, whose operations are too small for a GPU."""
     stored = flags.eval or flags.init
     width = M1Config.from_json(checkpoint_dir(stored)).hidden_size if stored else PRESETS[flags.preset]["hidden_size"]
     tiny = width <= PRESETS["tiny"]["hidden_size"]
@@ -1030,13 +1031,14 @@ def finish(model, tokenizer, flags, folder, seconds):
         short = name.removeprefix("eval_")
         summary |= {f"{short}_start": log[0][name], f"{short}_end": log[-1][name]}
     parts = {part: sum(row.get(part, 0) for row in log) for part in ("rollout_s", "reward_s", "update_s", "eval_s")}
-    parts = {"cold_start_s": seconds - sum(row["seconds"] for row in log), **parts}  # the first with files and the rest
+    parts["other_s"] = seconds - sum(parts.values())  # the cold start above all, and files
     summary |= {part: round(spent, 1) for part, spent in parts.items()}
     write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     line = "held-out accuracy {accuracy_start:.3f} -> {accuracy_end:.3f}, fork rate {fork_rate_start:.2f} -> "
     line += "{fork_rate_end:.2f}, length {length_start:.1f} -> {length_end:.1f} tokens, {seconds:.0f} s"
     print(line.format(**summary))
-    print("time: " + ", ".join(f"{part.removesuffix('_s').replace('_', ' ')} {summary[part]:.1f} s" for part in parts))
+    print("time: rollouts {rollout_s} s, rewards and batches {reward_s} s, updates {update_s} s, evaluations {eval_s} s, "
+          "cold start and files {other_s} s".format(**summary))  # fmt: skip
     print(f"see {folder}/samples.txt and {folder}/curves.png")
     if bands:
         print(is_it_normal(log, bands))
