@@ -874,8 +874,9 @@ def study(name, flags):
     plan = STUDIES[name]
     rows = recorded(flags, name, functools.partial(run_study, plan))
     logs = {setting: list(by(mine, "seed").values()) for setting, mine in by(rows, "setting").items()}
-    if lacking := [column for column in plan.curves if not any(column in row for row in rows)]:
-        raise ValueError(f"{name}.csv has no column {', '.join(lacking)}; make it again without --redraw")
+    lacking = [column for column in plan.curves if not any(column in row for row in rows)]
+    if flags.redraw and lacking:
+        raise ValueError(f"{name}.csv does not hold {', '.join(lacking)}; make it again without --redraw")
     with picture(Path(flags.out) / f"{name}.png", 1, len(plan.curves), figsize=(11, 3.6)) as axes:
         for axis, column in zip(axes, plan.curves):
             for setting, runs in logs.items():
