@@ -1801,7 +1801,11 @@ def test_a_study_measures_steps_areas_and_intervals_as_stated():
 def test_a_study_runs_every_setting_from_one_cold_start_and_redraws_from_its_csv(
     tmp_path, capsys, monkeypatch, one_process
 ):
-    plan = dataclasses.replace(bench.STUDIES["algos"], settings={a: {"algo": a} for a in ("cispo", "dapo", "grpo")})
+    plan = dataclasses.replace(
+        bench.STUDIES["algos"],
+        settings={a: {"algo": a} for a in ("cispo", "dapo", "grpo")},
+        curves=("fork_rate", "accuracy"),
+    )
     monkeypatch.setitem(bench.STUDIES, "algos", plan)
     rows = measured(tmp_path, "algos", "--quick")
     found = [(row["setting"], row["seed"], row["step"]) for row in rows]
