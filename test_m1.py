@@ -2434,6 +2434,11 @@ def test_the_readmes_measurements_are_those_of_the_committed_csv_files():
     fork = [row for row in committed("forks") if row["position"] == 0 and row["algo"] == "dapo"]
     ratio = next(row["ratio"] for row in fork if row["update"] == row["turn"] - 1)
     said.append(f"raised it by x {ratio:.2f} (DAPO) when update {fork[0]['turn']:.0f} comes")
+    curves = bench.by(committed("budget"), "window", "budget")
+    ends = [statistics.median(row["accuracy"] for row in curves[w, b]) for w in (12, 8) for b in (1, 10)]
+    said.append(
+        "accuracy {:.3f} → {:.3f} once a run's window has grown to 12 tokens, {:.3f} → {:.3f} before".format(*ends)
+    )
     for layers, rows in bench.by(committed("hybrid"), "softmax_every").items():
         curve = bench.median_and_range(bench.by(rows, "seed").values(), "pairs", "accuracy")
         text = "{accuracy:.2f} [{accuracy_low:.2f}, {accuracy_high:.2f}]".format(**curve[-1])
