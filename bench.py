@@ -1331,7 +1331,9 @@ def budget(flags):
                 row = {column: interval([seed[column] for seed in seeds]) for column in labels}
                 table.append({"window": f"{window:.0f}", "budget": f"{limit:.0f}"} | row)
         axes[0].legend(fontsize=7)
-        axes[0].figure.suptitle("thinking longer buys accuracy, for a model that has learnt to (median and range of 5 seeds)")
+        axes[0].figure.suptitle(
+            "thinking longer buys accuracy, for a model that has learnt to (median and range of 5 seeds)"
+        )
     print("median over seeds [95 % bootstrap interval]")
     print_table(table)
 
