@@ -2395,6 +2395,7 @@ def test_the_readmes_measurements_are_those_of_the_committed_csv_files():
     base = committed("base-summary")[0]
     said = [
         f"training is {t} times as fast and generation {g} times",
+        f"4 updates) {next(r['ratio'] for r in cpu if r['job'] == 'rl step'):.2f} times",
         f"beats softmax attention from {bench.crossover(forms, 'chunk_us', 'softmax_us'):.0f} tokens on",
         f"generates {faster:.1f} times as fast as its all-softmax twin, with a cache {smaller:.1f} times smaller",
         f"{committed('decode-step')[-1]['triton_x']:.2f} times the time that memory needs",
