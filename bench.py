@@ -889,7 +889,7 @@ def study(name, flags):
     table = []
     for setting, runs in logs.items():
         row = {"setting": setting}
-        for column, level in THRESHOLDS.items():
+        for column, level in ((c, THRESHOLDS[c]) for c in plan.curves if c in THRESHOLDS):
             row[f"steps to {column} of {level:.0%}"] = interval([steps_to(run, column, level) for run in runs])
         row["area under accuracy"] = interval([area(run, "accuracy") for run in runs])
         row["final accuracy"] = interval([last(run, "accuracy") for run in runs])
