@@ -2373,7 +2373,7 @@ def committed(name):
 
 def test_the_readmes_numbers_of_the_studies_are_those_of_the_committed_files():
     studies = {}
-    for name in ("algos", "control", "adam", "eps", "windows"):
+    for name in ("algos", "control", "adam", "eps", "windows", "balance"):
         settings = bench.by(committed(name), "setting")
         studies[name] = {setting: list(bench.by(rows, "seed").values()) for setting, rows in settings.items()}
     told = bench.compare_algorithms(studies["algos"])
@@ -2385,6 +2385,12 @@ def test_the_readmes_numbers_of_the_studies_are_those_of_the_committed_files():
                                    ("eps", "cap 2", "cap 2"), ("eps", "cap none", "none")):  # fmt: skip
         final = bench.interval([bench.last(run, "accuracy") for run in studies[name][setting]])
         assert f"{final} ({written})" in README_LINE
+    for weight in (0, 0.1):
+        means = [
+            statistics.fmean(r["over_capacity"] for r in run if "over_capacity" in r)
+            for run in studies["balance"][weight]
+        ]
+        assert f"{bench.interval(means)} " in README_LINE
     for setting, runs in studies["windows"].items():
         name = "with a forced jump" if "jump" in setting else setting
         assert f"{bench.interval([bench.last(run, 'accuracy') for run in runs])} {name}" in README_LINE
