@@ -557,7 +557,8 @@ def updates(model, optimizer, experience, flags, lr):
     """Train on one step's experience: k minibatches of whole groups, one optimizer step each. Yields after each update.
 
     The old log-probs come from the same minibatches in the same mode as the new ones; the first minibatch has them from
-    its own update's pass, so the ratio is 1 to the last bit there. The sampler's own log-probs only measure how far training and generation disagree.
+    its own update's pass, so the ratio is 1 to the last bit there. The sampler's own log-probs only measure how far
+    training and generation disagree.
     Yields (what to log of this update, [(token id, its old probability, its ratio) that PPO's clip drops]).
     """
     batch, G = experience.batch, flags.group_size
