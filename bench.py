@@ -16,9 +16,8 @@
     python bench.py eps | precision | adam | balance | windows    the same for the cap, the head, AdamW's eps, ...
 
 length, forms and cpu take about a minute each and want an idle machine; traps takes a minute, too, a study about ten.
-Files go to figures/
-(--out changes that). --redraw makes picture and table again from the CSV that is there. Numbers in README.md come from
-these files.
+Files go to figures/ (--out changes that). --redraw makes picture and table again from the CSV that is there. Numbers in
+README.md come from these files.
 
     1. flops   2. length   3. forms   4. cpu   5. main   6. traps   7. kernel   8. studies   9. forks, gradients
     10. hybrid   11. budget   12. timing, files, pictures, command line
@@ -1184,8 +1183,8 @@ def watch_a_response(quick):
             if experience.batch is None:
                 raise ValueError("no group of responses earned unequal rewards: nothing to watch")
             one = experience.batch.rows(slice(i := watched(experience, tokenizer), i + 1))
-            groups = torch.arange(experience.seen["groups"]).tensor_split(min(16, experience.seen["groups"]))
-            turn = next(k for k, part in enumerate(groups, 1) if i // flags.group_size in part)
+            pieces = train_rl.minibatches(experience, flags)
+            turn = next(k for k, rows in enumerate(pieces, 1) if rows.start <= i < rows.stop)
             ids = one.tokens[:, 1:][one.trained]
             with torch.no_grad():
                 old = train_rl.trained_logp(model, one)[0]
@@ -1482,9 +1481,8 @@ class Flags:
 
 
 BENCHES = {"flops": flops, "length": length, "forms": forms, "cpu": cpu, "main": main_job, "traps": traps}
-BENCHES |= {"kernel": kernel, "decode-step": decode_step, "forks": forks, "hybrid": hybrid}
+BENCHES |= {"kernel": kernel, "decode-step": decode_step, "forks": forks, "hybrid": hybrid, "budget": budget}
 BENCHES |= {name: functools.partial(study, name) for name in STUDIES} | {"algos": algos, "adam": adam}
-BENCHES["budget"] = budget
 
 
 @command_line

@@ -19,8 +19,8 @@ The kernel without a GPU: TRITON_INTERPRET=1 python lightning_attn.py runs it li
 Triton looks for that variable when kernels are defined, so it must be set before this file is imported.
 
 Dimension key: B batch, L tokens, H heads, K key width, V value width, C chunk, N packed sequences.
-Numerics: states and sums are fp32 (fp64 for fp64 inputs). The PyTorch forms make their decay tables in float64 and cast. Only
-non-negative powers of lam < 1 are formed, so nothing overflows however steep the slope or long the text.
+Numerics: states and sums are fp32 (fp64 for fp64 inputs). The PyTorch forms make their decay tables in float64 and
+cast. Only non-negative powers of lam < 1 are formed, so nothing overflows however steep the slope or long the text.
 """
 
 import argparse
@@ -208,18 +208,20 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 # Bytes per token and head (bf16): 2 (2K + 2V), each input once from memory, each output once. a and b are read by V / BV
 # programs at the same time; the L2 cache serves all but the first. FLOPs: 2 C (K + V) + 4 K V, K-products V / BV times.
 #
-# Backward reads three inputs in each of three scans, 9 + 3 tensors where 4 + 3 would do; dk and dv share some in the cache.
+# Backward reads three inputs in each of three scans, 9 + 3 tensors where 4 + 3 would do; dk and dv share some of them in
+# the cache.
 #
-# What each idea bought, measured while writing: forward at (B, L, H, D) = (1, 8192, 64, 128) bf16 on an H200, x the time that memory needs.
+# What each idea bought, measured while writing: forward at (B, L, H, D) = (1, 8192, 64, 128) bf16 on an H200, x the
+# time that memory needs.
 #     pointers, cp.async 4 deep                                           1.56
 #     copy engine, (B, L, H, V) tiles                                     1.50
 #     copy engine, flat (B L, H V) tiles                                  1.39
 #     S^T from the registers, transposed throughout                       1.33
 #     c^T lam^.. from the registers, too (the product of zeros below)     1.26
-# (1.24 to 1.29 from one H200 to another.) What bounds the rest is the chain of products and barriers inside a chunk, not memory:
-# loads and stores alone take 1.03, and reading all from the L2 cache saved 0.02. Two programs to a processor hide each
-# other's waiting: 1.12 at (8, 8192, 64, 128). Where tensors lie matters, too: 32,768 tokens took 1.38 with tensors one
-# after another and 1.64 with 2 MB between them, 65,536 tokens 1.27.
+# (1.24 to 1.29 from one H200 to another.) What bounds the rest is the chain of products and barriers inside a chunk,
+# not memory: loads and stores alone take 1.03, and reading all from the L2 cache saved 0.02. Two programs to a processor
+# hide each other's waiting: 1.12 at (8, 8192, 64, 128). Where tensors lie matters, too: 32,768 tokens took 1.38 with
+# tensors one after another and 1.64 with 2 MB between them, 65,536 tokens 1.27.
 
 
 @_jit
@@ -520,8 +522,8 @@ def lightning_kernel(q, k, v, slope, state=None, cu_seqlens=None):
     """The same function as one GPU kernel, see above. Differentiable once; deterministic; any length.
 
     Arguments and results as in lightning_attention; bf16, fp16 or fp32, head sizes that are multiples of 16 from 16 to
-    256 (fp32: to 128). Strided views (of a fused qkv tensor, say) are read in place. States, sums and decays are fp32; factors of
-    matrix products have q's dtype (fp32: three tf32 products each), so in fp16 a state must stay below 65,504.
+    256 (fp32: to 128). Strided views (of a fused qkv tensor, say) are read in place. States, sums and decays are fp32;
+    factors of matrix products have q's dtype (fp32: three tf32 products each), so in fp16 a state must stay below 65,504.
     cu_seqlens on a GPU is read there, without waiting for it: boundaries outside of [0, L] are clamped, and tokens that
     belong to no sequence get undefined outputs.
     """
@@ -540,7 +542,7 @@ def why_no_kernel(q, v):
         return "Triton's interpreter multiplies bf16 wrongly (3.9); take fp32 or fp16"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it takes bf16, fp16 or fp32, found {q.dtype}"
-    most = 128 if q.dtype == torch.float32 else 256  # three tf32 products of wider tiles do not fit
+    most = 128 if q.dtype == torch.float32 else 256  # wider ones in fp32 crashed or lost to PyTorch
     if any(n % 16 or not 16 <= n <= most for n in (q.shape[-1], v.shape[-1])):
         return f"head sizes must be multiples of 16 from 16 to {most}, found K = {q.shape[-1]}, V = {v.shape[-1]}"
     return ""

@@ -553,6 +553,13 @@ def collect(model, tokenizer, flags, step, pool=None):
 CAPACITY = 1.25  # times an even load: what is logged as beyond an expert's capacity (MiniMax-01's was not published)
 
 
+def minibatches(experience, flags):
+    """Which rows each update trains on, k slices of whole groups."""
+    groups = torch.arange(len(experience.rewards) // flags.group_size)
+    parts = groups.tensor_split(min(flags.updates_per_rollout, len(groups)))
+    return [slice(int(part[0]) * flags.group_size, int(part[-1] + 1) * flags.group_size) for part in parts]
+
+
 def updates(model, optimizer, experience, flags, lr):
     """Train on one step's experience: k minibatches of whole groups, one optimizer step each. Yields after each update.
 
@@ -563,9 +570,7 @@ def updates(model, optimizer, experience, flags, lr):
     """
     batch, G = experience.batch, flags.group_size
     advantages = cispo.group_advantages(experience.rewards, G).to(model.device)
-    groups = torch.arange(len(experience.rewards) // G)
-    parts = groups.tensor_split(min(flags.updates_per_rollout, len(groups)))
-    pieces = [slice(int(part[0]) * G, int(part[-1] + 1) * G) for part in parts]
+    pieces = minibatches(experience, flags)
     first, aux = trained_logp(model, batch.rows(pieces[0]), flags.temperature, with_entropy=True)
     logp, old = first[0], [[x.detach() for x in first]]
     with torch.no_grad():
@@ -578,11 +583,11 @@ def updates(model, optimizer, experience, flags, lr):
         "logp_gap": float(gap.max()),
         "logp_gap_mean": float(gap.mean()),
     }
-    size = advantages[:, None].abs() * batch.trained
     late = batch.trained.cumsum(1) > flags.longest / 2
-    for half, here in (("early", ~late), ("late", late)):
-        if total := float(size[here].sum()):
-            seen[f"negative_{half}"] = float((size * (advantages < 0)[:, None])[here].sum()) / total
+    for half, here in (("early", batch.trained & ~late), ("late", batch.trained & late)):
+        size = advantages.abs() * here.sum(1)
+        if total := float(size.sum()):
+            seen[f"negative_{half}"] = float(size[advantages < 0].sum()) / total
     for rows, (old_logp, _) in zip(pieces, old):
         part = batch.rows(rows)
         if rows is not pieces[0]:
