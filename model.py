@@ -27,6 +27,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import os
 import shutil
 import sys
@@ -349,7 +350,7 @@ class Routing(NamedTuple):
     """What the router did in one layer, padding excluded."""
 
     loss: torch.Tensor  # E sum_e f_e P_e, differentiable; k when balanced, up to E when collapsed on k experts
-    load: torch.Tensor  # (E,) f_e: fraction of tokens whose top k contains expert e; sums to k
+    load: torch.Tensor  # (E,) f_e: fraction of tokens whose top k contains expert e, dropped or not; sums to k
     prob: torch.Tensor  # (E,) P_e: mean router probability
 
 
@@ -366,6 +367,7 @@ class MoE(nn.Module):
         super().__init__()
         D, E, F_ = config.hidden_size, config.num_local_experts, config.intermediate_size
         self.top_k, self.form = config.num_experts_per_tok, "auto"
+        self.capacity = None  # a number makes training drop tokens, see within_capacity
         self.gate = Linear(D, E)
         self.w1 = nn.Parameter(torch.empty(E, F_, D))
         self.w3 = nn.Parameter(torch.empty(E, F_, D))
@@ -378,6 +380,8 @@ class MoE(nn.Module):
         probs = logits.softmax(0).T  # (T, E)
         weight, chosen = probs.topk(self.top_k, dim=-1)  # (T, k)
         weight = weight / weight.sum(-1, keepdim=True)
+        if self.capacity and with_routing:
+            weight = weight * self.within_capacity(chosen, mask)
         form = self.form
         if form == "auto":
             few = x.device.type == "cpu" and len(flat) <= 512 and self.w1.numel() <= 2**17
@@ -409,6 +413,17 @@ class MoE(nn.Module):
         scale = torch.zeros(len(x), E, dtype=x.dtype, device=x.device).scatter(1, chosen, weight)
         hidden = F.silu(x @ self.w1.view(-1, D).T) * (x @ self.w3.view(-1, D).T)
         return (hidden.view(-1, E, F_) * scale[..., None]).view(-1, E * F_) @ self.w2.view(-1, D)
+
+    def within_capacity(self, chosen, mask):
+        """Token drop (01): which choices (T, k) their expert has room for, bool. It takes the first ones of the batch,
+        at most `capacity` times an even share; the others add nothing. The factor was not published.
+        """
+        E, choices = len(self.w1), chosen.flatten()
+        hit = F.one_hot(choices, E)
+        if mask is not None:
+            hit = hit * mask.flatten().repeat_interleave(self.top_k)[:, None]
+        place = hit.cumsum(0).gather(1, choices[:, None])  # 1 = the first to choose this expert
+        return (place <= self.capacity * hit.sum() / E).view_as(chosen)
 
     def routing(self, probs, chosen, mask):
         """The load-balancing loss of one layer and its two factors (01 sec. 3; padding excluded)."""
@@ -711,7 +726,7 @@ def count_parameters(config):
 def read_json(path):
     """The content of a JSON file; ValueError if it is not there or not JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; a model or run folder has one") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -872,27 +887,23 @@ def flag(default, help, group, **kw):
     return field(default=default, metadata=dict(help=help, group=group, **kw))
 
 
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
+
+
 def check_flags(flags):
     """Hold every field of a flags dataclass against its bounds and choices; ValueError names flag, value and bound."""
     for f in dataclasses.fields(flags):
-        value, meta = getattr(flags, f.name), f.metadata
+        name, value, meta = f"--{f.name.replace('_', '-')}", getattr(flags, f.name), f.metadata
         if value is None and (f.default is None or meta.get("optional")):
             continue
         kind = (int, float) if f.type is float else f.type
         if not isinstance(value, kind) or isinstance(value, bool) != (f.type is bool):
-            raise ValueError(f"--{f.name.replace('_', '-')} must be of type {f.type.__name__}, found {value!r}")
-        rules = []
-        if "at_least" in meta:
-            rules.append((value >= meta["at_least"], f"at least {meta['at_least']}"))
-        if "above" in meta:
-            rules.append((value > meta["above"], f"above {meta['above']}"))
-        if "at_most" in meta:
-            rules.append((value <= meta["at_most"], f"at most {meta['at_most']}"))
-        if "choices" in meta:
-            rules.append((value in meta["choices"], f"one of {', '.join(meta['choices'])}"))
-        for holds, rule in rules:
-            if not holds:
-                raise ValueError(f"--{f.name.replace('_', '-')} must be {rule}, found {value}")
+            raise ValueError(f"{name} must be of type {f.type.__name__}, found {value!r}")
+        for bound, holds in BOUNDS.items():
+            if bound in meta and not holds(value, meta[bound]):
+                raise ValueError(f"{name} must be {bound.replace('_', ' ')} {meta[bound]}, found {value}")
+        if value not in meta.get("choices", (value,)):
+            raise ValueError(f"{name} must be one of {', '.join(meta['choices'])}, found {value}")
 
 
 def parse_flags(flags, argv, description, defaults=None):

@@ -47,21 +47,8 @@ from tqdm import tqdm
 import cispo
 import tasks
 from lightning_attn import choose_impl
-from model import (
-    PRESETS,
-    M1Config,
-    MiniMaxM1,
-    check_flags,
-    check_sums,
-    checkpoint_dir,
-    command_line,
-    count_parameters,
-    flag,
-    load_pretrained,
-    parse_flags,
-    read_json,
-    save_pretrained,
-)
+from model import PRESETS, M1Config, MiniMaxM1, check_sums, checkpoint_dir, count_parameters, read_json
+from model import check_flags, command_line, flag, load_pretrained, parse_flags, save_pretrained
 from sample import Tokenizer, generate, left_pad, pick_device
 
 # ============================================================================
@@ -91,11 +78,9 @@ class Flags:
     task: str = flag("mod,walk,cups", "tasks to mix evenly, separated by commas", "problems")
     moves: int = flag(6, "difficulty: steps per problem", "problems", at_least=1)
     min_moves: int = flag(
-        None,
-        "fewest steps per problem; they vary from this to --moves. none = all have --moves",
-        "problems",
+        None, "fewest steps per problem; they vary from this to --moves. none = all have --moves", "problems",
         at_least=1,
-    )
+    )  # fmt: skip
 
     sft_steps: int = flag(2000, "most steps; it ends when chains are learnt", "cold start", at_least=1)
     sft_skill: float = flag(0.95, "learnt: this share of forced chains is right", "cold start", at_least=0, at_most=1)
@@ -121,6 +106,10 @@ class Flags:
     router_coef: float = flag(
         None, "weight of the experts' load-balancing loss, cold start included; none = the model's", "model", at_least=0
     )
+    capacity: float = flag(
+        None, "token drop in training: an expert takes at most this many times an even load (MiniMax-01; its factor "
+        "was not published); none = no drop", "model", above=0,
+    )  # fmt: skip
     head: str = flag("fp32", "output head; bf16 shows why not (report Fig. 3)", "model", choices=("fp32", "bf16"))
 
     algo: str = flag("cispo", "which loss", "loss", choices=tuple(cispo.ALGORITHMS))
@@ -143,11 +132,9 @@ class Flags:
         1.0, "each new window multiplies max_grad_norm and eps_high (report sec. 5)", "curriculum", above=0, at_most=1
     )
     max_moves: int = flag(
-        None,
-        "moves rise to this as rollouts get right (report sec. 4); the cold start has all",
-        "curriculum",
+        None, "moves rise to this as rollouts get right (report sec. 4); the cold start has all", "curriculum",
         at_least=1,
-    )
+    )  # fmt: skip
     filter_problems: int = flag(
         0, "RL on those of so many with 0 < pass@10 < 0.9 before it; 0 = off (report sec. 4)", "curriculum", at_least=0
     )
@@ -269,11 +256,10 @@ def demonstrations(flags, rng, tokenizer, n, device):
 
 def respond(model, tokenizer, problems, flags, seed, group_size=1, temperature=1.0, think_budget=None):
     """Responses to problems and their scores: (Rollout, [Score] * N). Where a verifier raises, the score is CRASHED."""
-    prompts = [tokenizer.encode(p.prompt) for p in problems]
     rollout = generate(
-        model, prompts, group_size=group_size, max_new_tokens=flags.longest, temperature=temperature, seed=seed,
-        eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, think_end_id=tokenizer.think_end_id,
-        repetition_stop=flags.repetition_stop or math.inf, think_budget=think_budget,
+        model, [tokenizer.encode(p.prompt) for p in problems], **tokenizer.ids(), group_size=group_size, seed=seed,
+        max_new_tokens=flags.longest, temperature=temperature, think_budget=think_budget,
+        repetition_stop=flags.repetition_stop or math.inf,
     )  # fmt: skip
     scores = []
     for i, text in enumerate(response_texts(tokenizer, rollout)):
@@ -298,27 +284,33 @@ def response_texts(tokenizer, rollout):
     return [tokenizer.decode([i for i in row if i != tokenizer.eos_id]) for row in rows]
 
 
+def score_samples(model, tokenizer, problems, flags, name, n=1, temperature=1.0):
+    """n responses to each problem, problem after problem: ([Score], [length in tokens]). `name` seeds the sampling."""
+    scores, lengths = [], []
+    for start in range(0, len(problems), 64):  # in pieces: larger batches fall out of a CPU's cache
+        seed, piece = substream(flags.seed, name, start), problems[start : start + 64]
+        rollout, new_scores = respond(model, tokenizer, piece, flags, seed, n, temperature)
+        scores += new_scores
+        lengths += rollout.lengths.tolist()
+    return scores, lengths
+
+
 def evaluate(model, tokenizer, flags):
     """Score a model on held-out problems, the same for every seed.
 
     accuracy = pass@1: the mean over eval_samples responses at temperature 1 to each problem; pass_k: at least one of
     them is right; greedy: the likeliest response is; eval_fork_rate and eval_length (tokens): of those responses.
     """
-    problems, k = flags.held_out, flags.eval_samples
-    correct, forked, length, greedy = [], [], [], []
-    for start in range(0, len(problems), 64):  # in pieces: larger batches fall out of a CPU's cache
-        piece = problems[start : start + 64]
-        rollout, scores = respond(model, tokenizer, piece, flags, substream(flags.seed, "eval", start), k)
-        correct += [s.correct for s in scores]
-        forked += [s.forked for s in scores]
-        length += rollout.lengths.tolist()
-        greedy += [s.correct for s in respond(model, tokenizer, piece, flags, 0, temperature=0)[1]]
+    k = flags.eval_samples
+    scores, lengths = score_samples(model, tokenizer, flags.held_out, flags, "eval", k)
+    greedy, _ = score_samples(model, tokenizer, flags.held_out, flags, "greedy", temperature=0)
+    correct = [s.correct for s in scores]
     return {
         "accuracy": mean(correct),
         "pass_k": mean(any(correct[i : i + k]) for i in range(0, len(correct), k)),
-        "greedy": mean(greedy),
-        "eval_fork_rate": mean(forked),
-        "eval_length": mean(length),
+        "greedy": mean(s.correct for s in greedy),
+        "eval_fork_rate": mean(s.forked for s in scores),
+        "eval_length": mean(lengths),
     }
 
 
@@ -462,8 +454,7 @@ class Curriculum:
 
 def candidates(flags):
     """The --filter-problems training problems that are tried, the same ones whenever asked."""
-    rng = random.Random(substream(flags.seed, "filter"))
-    return flags.draw(rng, flags.filter_problems)
+    return flags.draw(random.Random(substream(flags.seed, "filter")), flags.filter_problems)
 
 
 def filter_problems(model, tokenizer, flags):
@@ -471,11 +462,8 @@ def filter_problems(model, tokenizer, flags):
 
     Prints how many are kept and dropped; raises ValueError when none is kept.
     """
-    problems, right = candidates(flags), []
-    for start in range(0, len(problems), 64):
-        seed, piece = substream(flags.seed, "filter", start), problems[start : start + 64]
-        _, scores = respond(model, tokenizer, piece, flags, seed, 10, flags.temperature)
-        right += [sum(s.correct for s in scores[i : i + 10]) for i in range(0, len(scores), 10)]
+    scores, _ = score_samples(model, tokenizer, candidates(flags), flags, "filter", 10, flags.temperature)
+    right = [sum(s.correct for s in scores[i : i + 10]) for i in range(0, len(scores), 10)]
     kept, easy = [0 < n < 9 for n in right], sum(n >= 9 for n in right)
     print(f"filter: {len(kept)} problems, {sum(kept)} kept, {right.count(0)} never right, {easy} too easy", flush=True)
     if not any(kept):
@@ -498,14 +486,12 @@ def collect(model, tokenizer, flags, step, pool=None):
     More prompts are drawn while fewer than min_groups are kept, at most `resample` times. Returns an Experience, or
     one whose batch is None when even then there are too few. Problems come from the list `pool`, None = new ones.
     """
-    prompts, responses, learned, rewards, infer, rounds = [], [], [], [], [], 0
-    start, rollout_s = time.perf_counter(), 0.0
+    start, rollout_s, rows = time.perf_counter(), 0.0, []  # rows: the sequences kept
     scores, lengths, all_rewards, all_logp = [], [], [], []  # of everything sampled
     rng = random.Random(substream(flags.seed, "problems", step))
-    while len(rewards) < flags.min_groups * flags.group_size and rounds <= flags.resample:
-        problems = pool and rng.choices(pool, k=flags.prompts)
-        problems = problems or flags.draw(rng, flags.prompts)
-        seed = substream(flags.seed, "rollout", step, rounds)
+    for attempt in range(1 + flags.resample):
+        problems = rng.choices(pool, k=flags.prompts) if pool else flags.draw(rng, flags.prompts)
+        seed = substream(flags.seed, "rollout", step, attempt)
         rollout, new_scores = respond(model, tokenizer, problems, flags, seed, flags.group_size, flags.temperature)
         reward = torch.tensor([s.reward for s in new_scores])
         if flags.overlong_buffer:
@@ -515,18 +501,16 @@ def collect(model, tokenizer, flags, step, pool=None):
         learn = rollout.mask & ~(cut & (flags.truncated == "mask")).to(rollout.mask.device)[:, None]
         kept = cispo.informative_groups(reward, flags.group_size).repeat_interleave(flags.group_size)
         for i in kept.nonzero()[:, 0].tolist():
-            n = int(rollout.lengths[i])
-            prompts.append(tokenizer.encode(problems[i // flags.group_size].prompt))
-            responses.append(rollout.tokens[i, :n].tolist())
-            learned.append(learn[i, :n].tolist())
-            rewards.append(float(reward[i]))
-            infer.append(rollout.logp[i][learn[i]])
+            prompt, n = tokenizer.encode(problems[i // flags.group_size].prompt), int(rollout.lengths[i])
+            response, learned = rollout.tokens[i, :n].tolist(), learn[i, :n].tolist()
+            rows.append((prompt, response, learned, float(reward[i]), rollout.logp[i][learn[i]]))
         scores += new_scores
         all_rewards += reward.tolist()
         lengths += rollout.lengths.tolist()
         all_logp.append(rollout.logp[rollout.mask])
         rollout_s += rollout.seconds
-        rounds += 1
+        if len(rows) >= flags.min_groups * flags.group_size:
+            break
     seen = {
         "reward": mean(all_rewards),
         "correct": mean(s.correct for s in scores),
@@ -538,19 +522,19 @@ def collect(model, tokenizer, flags, step, pool=None):
         "window": flags.longest,
         "moves": flags.moves,
         "crashes": sum(s is CRASHED for s in scores),
-        "groups": len(rewards) // flags.group_size,
-        "sampled_groups": rounds * flags.prompts,
+        "groups": len(rows) // flags.group_size,
+        "sampled_groups": len(scores) // flags.group_size,
         "rollout_s": rollout_s,
         "reward_s": time.perf_counter() - start - rollout_s,
     }
     if seen["groups"] < flags.min_groups:
         return Experience(None, None, None, seen)
-    return Experience(
-        make_batch(prompts, responses, learned, model.device), torch.tensor(rewards), torch.cat(infer), seen
-    )
+    prompts, responses, learned, rewards, infer_logp = zip(*rows)
+    batch = make_batch(prompts, responses, learned, model.device)
+    return Experience(batch, torch.tensor(rewards), torch.cat(infer_logp), seen)
 
 
-CAPACITY = 1.25  # times an even load: what is logged as beyond an expert's capacity (MiniMax-01's was not published)
+CAPACITY = 1.25  # times an even load: what is logged as beyond an expert's capacity where --capacity names none
 
 
 def minibatches(experience, flags):
@@ -605,7 +589,8 @@ def updates(model, optimizer, experience, flags, lr):
         stats |= {"loss": loss.item(), "grad_norm": grad_norm, "router_loss": aux.router_loss.item()}
         load = aux.expert_load / model.config.num_experts_per_tok  # (layers, E), a row sums to 1
         stats["busiest_expert"] = float(load.max())
-        stats["over_capacity"] = float((load - CAPACITY / load.shape[1]).clamp(min=0).sum(1).mean())
+        capacity = (flags.capacity or CAPACITY) / load.shape[1]
+        stats["over_capacity"] = float((load - capacity).clamp(min=0).sum(1).mean())
         tokens = part.tokens[:, 1:][part.trained]
         yield stats | seen, list(zip(*(x[drops].tolist() for x in (tokens, old_logp.exp(), ratio))))
 
@@ -640,12 +625,13 @@ COLUMNS = [
     # see Curriculum: longest response allowed and 99th percentile of lengths, tokens; exp of minus the mean log-prob of
     # all sampled tokens; steps per problem. Responses whose verifier crashed
     "window", "length_p99", "perplexity", "moves", "crashes",
-    # experts: load-balancing loss (2 = balanced), share of choices that the busiest one got, share that is over
-    # CAPACITY of an even load and that a token drop would drop
+    # experts: load-balancing loss (2 = balanced), share of choices that the busiest one got, share that is beyond
+    # --capacity (or CAPACITY) times an even load, which a token drop drops
     "router_loss", "busiest_expert", "over_capacity",
     # seconds of the step, and of its parts
     "seconds", "rollout_s", "reward_s", "update_s", "eval_s",
 ]  # fmt: skip
+DROPPED = ["step", "token", "rose", "count", "probability", "ratio"]  # probability before the updates; means
 
 
 def new_folder(flags):
@@ -665,7 +651,7 @@ def new_folder(flags):
 def write_file(path, text):
     """Write a text file so that at any moment the old or the new content is there, never half of one."""
     draft = path.with_name(f".{path.name}.writing")
-    draft.write_text(text)
+    draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
 
 
@@ -689,21 +675,19 @@ def reopen(folder, optimizer, device, last_step):
     when the checkpoint is damaged or beyond last_step.
     """
     checkpoint = checkpoint_dir(folder)
-    check_sums(checkpoint, ["trainer.pt"])
+    trainer = checkpoint / "trainer.pt"
+    check_sums(checkpoint, [trainer.name])
     try:
-        state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
+        state = torch.load(trainer, map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         step, seconds, curriculum = int(state["step"]), float(state["seconds"]), dict(state["curriculum"])
     except (pickle.UnpicklingError, RuntimeError, LookupError, EOFError, ValueError, TypeError, AttributeError):
-        file = checkpoint / "trainer.pt"
-        raise ValueError(f"{file} is damaged; point {folder}/latest at an older checkpoint") from None
+        raise ValueError(f"{trainer} is damaged; point {folder}/latest at an older checkpoint") from None
     if step > last_step:
         raise ValueError(f"{checkpoint} is already past --steps {last_step}; give --steps {step} or more")
-    for leftover in folder.glob(".*.writing*"):
+    newer = [other for other in folder.glob("step-*") if other.name > f"step-{step:06d}"]
+    for leftover in [*folder.glob(".*.writing*"), *newer]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    for newer in sorted(folder.glob("step-*")):
-        if newer.name > f"step-{step:06d}":
-            shutil.rmtree(newer)
     for file in ("log.csv", "dropped.csv"):
         header, *lines = (folder / file).read_text().splitlines(keepends=True)
         kept = (line for line in lines if int(line.partition(",")[0]) <= step and line.endswith("\n"))
@@ -766,11 +750,9 @@ def draw_curves(log, path, title, bands):
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     for axis, (held_out, (rollout, label)) in zip(axes, CURVES.items()):
-        if held_out in bands:
-            low, high = zip(*bands[held_out].values())
-            axis.fill_between(
-                bands[held_out].keys(), low, high, alpha=0.15, lw=0, color="gray", label="other seeds, 95 %"
-            )
+        if band := bands.get(held_out):
+            low, high = zip(*band.values())
+            axis.fill_between(list(band), low, high, alpha=0.15, lw=0, color="gray", label="other seeds, 95 %")
         for column, style, legend in ((rollout, "-", "rollouts"), (held_out, "o-", "held-out")):
             rows = [row for row in log if column in row]
             axis.plot([row["step"] for row in rows], [row[column] for row in rows], style, ms=3, lw=1, label=legend)
@@ -800,13 +782,29 @@ def show_samples(model, tokenizer, flags, n=6):
     return "".join(f"  {p.prompt}{text:<30}  answer {p.answer}  reward {s.reward:.1f}\n" for p, text, s in rows)
 
 
+def summarize_drops(drops, tokenizer, step):
+    """[(token id, probability, ratio)] -> rows of dropped.csv, the token dropped most often first.
+
+    rose: the token was wanted (A > 0) and had risen above the trust region; otherwise unwanted and below it.
+    """
+    groups = {}
+    for token, probability, ratio in drops:
+        groups.setdefault((token, ratio > 1), []).append((probability, ratio))
+    rows = []
+    for (token, rose), seen in sorted(groups.items(), key=lambda item: -len(item[1])):
+        probability, ratio = (f"{mean(x):.3g}" for x in zip(*seen))
+        text = tokenizer.decode([token])
+        text = f"<{token}>" if "\ufffd" in text else json.dumps(text)  # half of a character
+        rows.append(dict(zip(DROPPED, (step, text, "yes" if rose else "no", len(seen), probability, ratio))))
+    return rows
+
+
 def show_drops(path, n=8):
     """The n tokens that PPO's clip would have dropped most often, from dropped.csv, as text."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
     groups = {}
-    for row in rows:
-        groups.setdefault((row["token"], row["rose"]), []).append([float(row[x]) for x in DROPPED[3:]])
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            groups.setdefault((row["token"], row["rose"]), []).append([float(row[x]) for x in DROPPED[3:]])
     text = "\ntokens that PPO's clip would have dropped (probability and ratio: means)\n"
     for (token, rose), seen in sorted(groups.items(), key=lambda item: -sum(x[0] for x in item[1]))[:n]:
         count = sum(x[0] for x in seen)
@@ -823,19 +821,17 @@ def show_drops(path, n=8):
 
 def print_banner(flags, model, folder):
     """What is about to happen, before anything slow happens."""
-    n = count_parameters(model.config)
     low, high = cispo.weight_range(flags.algo, flags.eps_low, flags.eps_high)
     drops = "tokens outside the trust region are dropped" if cispo.ALGORITHMS[flags.algo].masked else "no token dropped"
-    step = f"{flags.prompts} prompts x {flags.group_size} responses, {flags.updates_per_rollout} updates"
     print(f"device    {model.device} ({torch.get_num_threads()} threads), fp32, torch {torch.__version__}")
-    print(
-        f"model     {flags.preset or flags.init}: {n['total']:,} parameters, {n['active_with_head']:,} active per token"
-    )
+    size = "{total:,} parameters, {active_with_head:,} active per token".format(**count_parameters(model.config))
+    print(f"model     {flags.preset or flags.init}: {size}")
     head = torch.empty(model.config.head_dim, device=model.device, dtype=model.dtype)
     print("attention impl={}: {}".format(*choose_impl(head, head)))
     moves = "-".join(str(n) for n in (flags.min_moves, flags.moves) if n)
     print(f"problems  {flags.task}, {moves} moves; scored on {flags.eval_problems} held-out problems")
     print(f"loss      {flags.algo}: IS weight in {'[' if low else '('}{low:g}, {high:g}], {drops}")
+    step = f"{flags.prompts} prompts x {flags.group_size} responses, {flags.updates_per_rollout} updates"
     print(f"steps     {flags.steps}, each {step}")
     print(f"folder    {folder}")
     if dataclasses.replace(flags, seed=0, out=None, device="auto") == Flags(preset="tiny"):
@@ -844,7 +840,7 @@ def print_banner(flags, model, folder):
 
 def step_line(row, flags, drops=()):
     """One aligned line per step; after `ppo drops` the tokens it would drop most often."""
-    line = "step {step:3d}/{steps}".format(step=row["step"], steps=flags.steps)
+    line = f"step {row['step']:3d}/{flags.steps}"
     if row["step"]:
         line += "  correct {correct:.3f}  fork {fork_rate:.3f}  length {length:5.2f}  groups {groups:2d}".format(**row)
     if "loss" in row:
@@ -879,9 +875,8 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def choose_device(flags):
-    """--device, where auto means the CPU for `tiny`, whose operations are too small for a GPU."""
-    stored = flags.eval or flags.init
+def choose_device(flags, stored=None):
+    """--device, where auto means the CPU for `tiny`, whose operations are too small for a GPU. stored: a checkpoint."""
     width = M1Config.from_json(checkpoint_dir(stored)).hidden_size if stored else PRESETS[flags.preset]["hidden_size"]
     tiny = width <= PRESETS["tiny"]["hidden_size"]
     return "cpu" if tiny and flags.device == "auto" else pick_device(flags.device)
@@ -896,9 +891,11 @@ def new_model(flags):
 
 
 def apply_flags(model, flags):
-    """Give a model what flags change about it: the output head, the weight of the load-balancing loss."""
+    """Give a model what flags change about it: the output head, the weight of the load-balancing loss, token drop."""
     if flags.router_coef is not None:
         model.config.router_aux_loss_coef = flags.router_coef
+    for layer in model.layers:
+        layer.block_sparse_moe.capacity = flags.capacity
     if flags.head == "bf16":
         model.head = functools.partial(bf16_head, model)
 
@@ -933,24 +930,28 @@ def rl_step(model, tokenizer, optimizer, flags, step, curriculum):
     return {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in row.items()}, drops
 
 
-def summarize_drops(drops, tokenizer, step):
-    """[(token id, probability, ratio)] -> rows of dropped.csv, the token dropped most often first.
+def begin(model, tokenizer, flags, folder, curriculum):
+    """What comes before step 0: the cold start, unless --init, the choice of problems, the first files."""
+    if not flags.init:
+        learnt = cold_start(model, tokenizer, flags)
+        record = read_json(folder / "run.json") | {"cold_start": learnt}
+        write_file(folder / "run.json", json.dumps(record, indent=2) + "\n")
+        print("cold start: {steps} steps, loss {loss:.3f}, forced chains right {skill:.2f}".format(**learnt))
+        if learnt["skill"] < flags.sft_skill:
+            print("warning: chains are not learnt, and RL would make responses longer, not right; raise --sft-steps")
+    if flags.filter_problems:
+        curriculum.kept = filter_problems(model, tokenizer, flags)
+    write_file(folder / "samples.txt", f"after the cold start\n{show_samples(model, tokenizer, flags)}")
+    write_file(folder / "log.csv", ",".join(COLUMNS) + "\n")
+    write_file(folder / "dropped.csv", ",".join(DROPPED) + "\n")
 
-    rose: the token was wanted (A > 0) and had risen above the trust region; otherwise unwanted and below it.
-    """
-    groups = {}
-    for token, probability, ratio in drops:
-        groups.setdefault((token, ratio > 1), []).append((probability, ratio))
-    rows = []
-    for (token, rose), seen in sorted(groups.items(), key=lambda item: -len(item[1])):
-        probability, ratio = (f"{mean(x):.3g}" for x in zip(*seen))
-        text = tokenizer.decode([token])
-        text = f"<{token}>" if "\ufffd" in text else json.dumps(text)  # half of a character
-        rows.append(dict(zip(DROPPED, (step, text, "yes" if rose else "no", len(seen), probability, ratio))))
-    return rows
 
-
-DROPPED = ["step", "token", "rose", "count", "probability", "ratio"]  # probability before the updates; means
+def append_rows(path, rows):
+    """Add rows, dicts, to a CSV file, in the columns that its first line names."""
+    with open(path, "r+", newline="") as file:
+        columns = file.readline().rstrip().split(",")
+        file.seek(0, os.SEEK_END)
+        csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n").writerows(rows)
 
 
 def train(flags):
@@ -958,53 +959,34 @@ def train(flags):
     start = time.perf_counter()
     if not flags.init and not flags.preset:
         flags = dataclasses.replace(flags, preset="tiny")
-    device = choose_device(flags)
     torch.manual_seed(flags.seed)
-    saved = sorted(Path(flags.resume).glob("step-*")) if flags.resume else []
-    if saved and not (Path(flags.resume) / "latest").exists():  # killed just before its first checkpoint was named
-        write_file(Path(flags.resume) / "latest", saved[-1].name + "\n")
-    going_on = bool(saved)
-    stored = flags.resume if going_on else flags.init
+    folder = Path(flags.resume) if flags.resume else None
+    saved = sorted(folder.glob("step-*")) if folder else []
+    if saved and not (folder / "latest").exists():  # killed just before its first checkpoint was named
+        write_file(folder / "latest", saved[-1].name + "\n")
+    stored = folder if saved else flags.init
+    device = choose_device(flags, stored)
     model = load_pretrained(stored, device, torch.float32) if stored else new_model(flags).to(device)
     apply_flags(model, flags)
     tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model, 0.0, flags.adam_eps)
-    folder = Path(flags.resume) if flags.resume else new_folder(flags)
-    step, earlier, state = reopen(folder, optimizer, device, flags.steps) if going_on else (-1, 0.0, {})
+    folder = folder or new_folder(flags)
+    step, earlier, state = reopen(folder, optimizer, device, flags.steps) if saved else (-1, 0.0, {})
     curriculum = Curriculum(flags, **state)
-    write_file(folder / "run.json", json.dumps(describe(flags, model), indent=2) + "\n")
+    record = (read_json(folder / "run.json") if saved else {}) | describe(flags, model)  # how a cold start ended stays
+    write_file(folder / "run.json", json.dumps(record, indent=2) + "\n")
     print_banner(flags, model, folder)
     try:
-        if step < 0 and not flags.init:
-            learnt = cold_start(model, tokenizer, flags)
-            print("cold start: {steps} steps, loss {loss:.3f}, forced chains right {skill:.2f}".format(**learnt))
-            if learnt["skill"] < flags.sft_skill:
-                print(
-                    "warning: chains are not learnt, and RL would make responses longer, not right; raise --sft-steps"
-                )
-        if step < 0 and flags.filter_problems:
-            curriculum.kept = filter_problems(model, tokenizer, flags)
-        if step < 0:
-            write_file(folder / "samples.txt", f"after the cold start\n{show_samples(model, tokenizer, flags)}")
-            write_file(folder / "log.csv", ",".join(COLUMNS) + "\n")
-            write_file(folder / "dropped.csv", ",".join(DROPPED) + "\n")
+        if not saved:
+            begin(model, tokenizer, flags, folder, curriculum)
+        saved_at = time.perf_counter()
         bar = tqdm(total=flags.steps, initial=max(step, 0), desc="RL", unit="step", disable=None)
-        columns, saved_at = (folder / "log.csv").read_text().split("\n")[0].split(","), time.perf_counter()
-        with (
-            StopRequest() as stop,
-            bar,
-            open(folder / "log.csv", "a", newline="") as file,
-            open(folder / "dropped.csv", "a", newline="") as dropped_file,
-        ):
-            log = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
-            dropped = csv.DictWriter(dropped_file, DROPPED, lineterminator="\n")
+        with StopRequest() as stop, bar:
             while step < flags.steps and not stop.made:
                 step += 1
                 row, drops = rl_step(model, tokenizer, optimizer, flags, step, curriculum)
                 drops = summarize_drops(drops, tokenizer, step)
-                dropped.writerows(drops)
-                dropped_file.flush()
-                log.writerow(row)
-                file.flush()
+                append_rows(folder / "dropped.csv", drops)
+                append_rows(folder / "log.csv", [row])
                 tqdm.write(step_line(row, flags, drops))
                 sys.stdout.flush()
                 bar.update(step > 0)
@@ -1024,11 +1006,11 @@ def train(flags):
 
 def finish(model, tokenizer, flags, folder, seconds):
     """samples.txt, curves.png and summary.json of a finished run; prints and returns the summary."""
-    before = (folder / "samples.txt").read_text().split("\nafter ")[0]
+    before = (folder / "samples.txt").read_text(encoding="utf-8").split("\nafter ")[0]
     after = f"\nafter {flags.steps} RL steps\n{show_samples(model, tokenizer, flags)}"
     write_file(folder / "samples.txt", before + after + show_drops(folder / "dropped.csv"))
     log, first = read_log(folder / "log.csv"), Flags(preset="tiny")
-    free = ("seed", "out", "device", "resume", "checkpoint_every", "checkpoint_minutes", "keep")
+    free = {"seed", "out", *CHANGEABLE} - {"steps"}
     default = dataclasses.replace(flags, **{name: getattr(first, name) for name in free}) == first
     bands = {c: reference_band(c, 0.2 if "length" in c else 0.01) for c in CURVES} if default else {}
     draw_curves(log, folder / "curves.png", f"{flags.algo}, seed {flags.seed}", bands)
@@ -1040,11 +1022,10 @@ def finish(model, tokenizer, flags, folder, seconds):
     parts["other_s"] = seconds - sum(parts.values())  # the cold start above all, and files
     summary |= {part: round(spent, 1) for part, spent in parts.items()}
     write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    line = "held-out accuracy {accuracy_start:.3f} -> {accuracy_end:.3f}, fork rate {fork_rate_start:.2f} -> "
-    line += "{fork_rate_end:.2f}, length {length_start:.1f} -> {length_end:.1f} tokens, {seconds:.0f} s"
-    print(line.format(**summary))
-    print("time: rollouts {rollout_s} s, rewards and batches {reward_s} s, updates {update_s} s, evaluations {eval_s} s, "
-          "cold start and files {other_s} s".format(**summary))  # fmt: skip
+    print("held-out accuracy {accuracy_start:.3f} -> {accuracy_end:.3f}, fork rate {fork_rate_start:.2f} -> "
+          "{fork_rate_end:.2f}, length {length_start:.1f} -> {length_end:.1f} tokens, {seconds:.0f} s\n"
+          "time: rollouts {rollout_s} s, rewards and batches {reward_s} s, updates {update_s} s, "
+          "evaluations {eval_s} s, cold start and files {other_s} s".format(**summary))  # fmt: skip
     print(f"see {folder}/samples.txt and {folder}/curves.png")
     if bands:
         print(is_it_normal(log, bands))
@@ -1076,16 +1057,14 @@ def main(argv=None):
         raise ValueError("--resume goes on in its own folder: leave out --eval and --out")
     if flags.resume and not (Path(flags.resume) / "run.json").is_file():
         raise ValueError(f"--resume {flags.resume}: no run.json there; give a run folder such as runs/tiny-cispo-001")
-    if earlier:  # the run's own settings, where argv says nothing else
-        flags = parse_flags(Flags, argv, title, earlier)
-    if flags.resume:
-        stored = {f.name: earlier.get(f.name, f.default) for f in dataclasses.fields(Flags) if f.name not in CHANGEABLE}
-        changed = [name for name, x in stored.items() if getattr(flags, name) != x]
-        if changed:
-            raise ValueError(f"--resume keeps a run's settings, {', '.join(changed)} would change; use --init instead")
+    flags = parse_flags(Flags, argv, title, earlier)  # the run's own settings, where argv says nothing else
+    stored = {f.name: earlier.get(f.name, f.default) for f in dataclasses.fields(Flags) if f.name not in CHANGEABLE}
+    changed = [name for name, x in stored.items() if getattr(flags, name) != x]
+    if flags.resume and changed:
+        raise ValueError(f"--resume keeps a run's settings, {', '.join(changed)} would change; use --init instead")
     if not flags.eval:
         return train(flags)
-    model = load_pretrained(flags.eval, choose_device(flags), torch.float32)
+    model = load_pretrained(flags.eval, choose_device(flags, flags.eval), torch.float32)
     apply_flags(model, flags)
     scores = evaluate(model, Tokenizer.of(model.config), flags)
     print(f"{checkpoint_dir(flags.eval)}: " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
