@@ -10,9 +10,9 @@
     python bench.py decode-step  one token of many sequences on a GPU
     python bench.py forks        one response, token by token: what PPO's clip drops and CISPO keeps (2 minutes)
     python bench.py algos        CISPO, DAPO, GRPO, REINFORCE at 16 updates per rollout (report, Figure 2)
-    python bench.py algos --full the map of where CISPO helps: fork prior x updates x learning rate (90 minutes)
+    python bench.py algos --full the map of where CISPO helps: fork prior x updates x learning rate (two hours)
     python bench.py control      ... without a planted fork
-    python bench.py hybrid       associative recall for five mixtures of lightning and softmax layers (2 hours)
+    python bench.py hybrid       associative recall for five mixtures of lightning and softmax layers (100 minutes)
     python bench.py budget       accuracy against the thinking budget, for the checkpoints of two windows of one run
     python bench.py eps | eps-fast | precision | adam | balance | windows    for the cap, the head, AdamW's eps, ...
 
@@ -822,10 +822,19 @@ class Study:
     cold: dict = field(default_factory=dict)  # flags of the cold start
     seeds: int = 5
     curves: tuple = ("fork_rate", "accuracy", "entropy")
+    beside: dict = field(default_factory=dict)  # {setting: the one to compare it with}, where not with the first
     verdict: Callable = lambda logs: None  # {setting: [log of every seed]} -> a further sentence
 
 
-SHAPE_COLD_STARTS = ("fork_prior", "router_coef", "capacity")  # settings that differ in one of these share none
+SHAPE_COLD_STARTS = ("fork_prior", "router_coef", "capacity")  # flags that act in the cold start already
+LABELS = {  # of columns of log.csv in pictures
+    "fork_rate": "fork rate in rollouts", "accuracy": "held-out accuracy", "entropy": "entropy, nats per token",
+    "ess": "effective sample size, share", "prob_corr": "correlation of probabilities, training and rollout",
+    "logp_gap_mean": "|log-prob, training - rollout|, nats", "grad_norm": "gradient norm before clipping",
+    "length_p99": "99th percentile of length, tokens", "negative_early": "negative share, early half of window",
+    "negative_late": "negative share, late half of window", "over_capacity": "choices beyond 1.25 even loads, share",
+    "ratio_max": "largest ratio of a step", "weight_clip_frac_high": "tokens at the cap, share",
+}  # fmt: skip
 THRESHOLDS = {"fork_rate": 0.5, "accuracy": 0.7}
 KEPT = ["step", "accuracy", "eval_fork_rate", "correct", "fork_rate", "length", "entropy", "grad_norm", "ratio_max",
         "weight_clip_frac_high", "ppo_would_drop_frac", "ess", "prob_corr", "logp_gap_mean", "busiest_expert",
@@ -844,14 +853,16 @@ def study(name, flags):
     title = f"{plan.title} (median and range of {seeds} seeds)"
     with picture(flags, name, len(plan.curves), (11, 3.6), title) as axes:
         for axis, column in zip(axes, plan.curves):
-            for setting, runs in logs.items():
-                draw_median(axis, runs, "step", column, setting)
-            axis.set(xlabel="RL step", ylabel=column.replace("_", " "))
+            for width, (setting, runs) in zip(range(len(logs), 0, -1), logs.items()):  # equal curves show side by side
+                draw_median(axis, runs, "step", column, setting, band=0.4 / len(logs), lw=1.2 * width)
+            axis.set(xlabel="RL step", ylabel=LABELS[column])
+            if column in ("logp_gap_mean", "ratio_max"):
+                axis.set_yscale("log")
         axes[0].legend(fontsize=8)
 
     table = []
     for setting, runs in logs.items():
-        row = {"setting": setting}
+        row = {"setting": setting, "accuracy before": interval([points(run, "accuracy")[0][1] for run in runs])}
         for column in filter(THRESHOLDS.get, plan.curves):
             row[f"steps to {column} of {THRESHOLDS[column]:.0%}"] = interval([steps_to(run, column) for run in runs])
         row |= {what: interval([measure(run, "accuracy") for run in runs]) for what, measure in OVERALL.items()}
@@ -859,13 +870,14 @@ def study(name, flags):
         table.append(row | {f"mean {column}": interval([mean(run, column) for run in runs]) for column in others})
     print(f"median over {seeds} seeds [95 % bootstrap interval]; a run that never gets there counts one step too long")
     print_table(table)
-    print("\n".join(filter(None, (beside_the_first(logs), plan.verdict(logs)))))
+    print("\n".join(filter(None, (compare(logs, plan.beside), plan.verdict(logs)))))
 
 
 def run_study(plan, quick=False):
     """Rows of a study's CSV: setting, seed and what log.csv says, for every step of every run.
 
-    Runs are processes of one thread each, as many at a time as there are cores.
+    Runs are processes of one thread each, as many at a time as there are cores. One that ends early because its numbers
+    overflow is told, and its last accuracy and fork rate stand for the rest of its steps.
     """
     jobs = list(itertools.product(range(1 if quick else plan.seeds), plan.settings))
     tiny = {"sft_steps": 10, "steps": 2, "prompts": 16, "eval_problems": 6, "eval_samples": 1} if quick else {}
@@ -873,7 +885,7 @@ def run_study(plan, quick=False):
         starts, init = {}, {}  # {folder of a cold start: its flags}, {job: folder of its cold start}
         for seed, setting in jobs:
             shape = plan.cold | {k: x for k, x in plan.settings[setting].items() if k in SHAPE_COLD_STARTS}
-            init[seed, setting] = "-".join(map(str, (f"{folder}/cold", *shape.values(), seed)))
+            init[seed, setting] = f"{folder}/cold-{seed}-" + "-".join(f"{k}-{x}" for k, x in shape.items())
             starts[init[seed, setting]] = shape | tiny | {"steps": 0, "seed": seed}
 
         def run(job):
@@ -882,8 +894,8 @@ def run_study(plan, quick=False):
             flags = plan.flags | plan.settings[setting] | tiny | {"init": init[job], "seed": seed}
             try:
                 train_process(out, flags)
-            except ValueError as error:  # numbers that overflowed end a run, but not the study
-                if not Path(out, "log.csv").exists():
+            except ValueError as error:
+                if not any(words in str(error) for words in ("not finite", "overflows", "gradient norm")):
                     raise
                 tqdm.write(f"{setting}, seed {seed}, counts as it stood when it ended: {error}")
             log = train_rl.read_log(f"{out}/log.csv")
@@ -962,18 +974,20 @@ def interval(values):
     return "{:.3g} [{:.3g}, {:.3g}]".format(*bootstrap(values))
 
 
-def beside_the_first(logs):
-    """What every other setting changes beside the first one, seed by seed, in sentences."""
+def compare(logs, beside):
+    """What a setting changes beside another, by default the first, seed by seed, in a sentence each.
+
+    All of five seeds agree in sign by chance once in 16 times, so one such line among many proves little.
+    """
     first, *others = logs
     told = []
     for other in others:
-        parts = []
+        parts, base = [], beside.get(other, first)
         for what, measure in OVERALL.items():
-            gaps = [measure(b, "accuracy") - measure(a, "accuracy") for a, b in zip(logs[first], logs[other])]
-            middle, low, high = bootstrap(gaps)
-            seen = "" if low > 0 or high < 0 else ", not told from 0"
-            parts.append(f"{what} {middle:+.3f} [{low:+.3f}, {high:+.3f}]{seen}")
-        told.append(f"{other} beside {first}: {'; '.join(parts)}.")
+            gaps = [measure(b, "accuracy") - measure(a, "accuracy") for a, b in zip(logs[base], logs[other])]
+            agree = "all seeds agree" if min(gaps) > 0 or max(gaps) < 0 else "seeds disagree"
+            parts.append("{} {:+.3f} [{:+.3f}, {:+.3f}], {}".format(what, *bootstrap(gaps), agree))
+        told.append(f"{other} beside {base}: {'; '.join(parts)}.")
     return "\n".join(told)
 
 
@@ -987,85 +1001,105 @@ def compare_algorithms(logs):
 
 
 def negative_by_window(logs):
-    """Where negative gradient sits while a window is open, in the runs whose window grows (report sec. 5)."""
-    told = []
-    text = "Staged, window of {:g} tokens: of the gradient in its late half {} is negative, in its early half {}."
-    for window in sorted({row["window"] for run in logs["staged"] for row in run if "window" in row}):
-        runs = [[row for row in run if row.get("window") == window] for run in logs["staged"]]
-        shares = (interval([mean(run, f"negative_{half}") for run in runs]) for half in ("late", "early"))
-        told.append(text.format(window, *shares))
-    return "\n".join(told)
+    """How much of sum |A| over the tokens of a window's late half is negative (report sec. 5): while each window of the
+    staged runs is open, and at the beginning and the end of runs that have the whole window from the start.
+    """
+
+    def share(setting, applies):
+        return interval([mean([row for row in run if applies(row)], "negative_late") for run in logs[setting]])
+
+    windows = sorted({row["window"] for run in logs["staged"] for row in run if "window" in row})
+    told = [f"{share('staged', lambda row: row.get('window') == w)} in a window of {w:g}" for w in windows]
+    parts = [share("at once", lambda row: row["step"] <= 10), share("at once", lambda row: row["step"] > 50)]
+    return (f"Negative share of the late half, staged: {', '.join(told)} tokens. At once: {parts[0]} in steps 1 to 10, "
+            f"{parts[1]} in steps 51 to 60.")  # fmt: skip
 
 
-PRIORS, UPDATES, RATES = (0.01, 0.05, 0.2), (4, 16), (1e-4, 2e-4, 4e-4, 8e-4)
-RACERS = ("cispo", "dapo", "grpo", "reinforce")
+PRIORS, UPDATES, RATES = (0.01, 0.05, 0.2), (4, 16), (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
+RACERS, CLIPPED, BEST = ("cispo", "dapo", "grpo", "reinforce"), ("dapo", "grpo"), "its best"
 
 
 def regime_map(flags):
     """CISPO's steps to a fork rate of 50 % as a part of the others', over the regime: algos-map.csv, algos-map.png."""
     runs = by(recorded(flags, "algos-map", map_rows), "fork_prior", "updates_per_rollout", "algo")
     runs = {here: by(rows, "lr") for here, rows in runs.items()}  # {(prior, updates, algo): {lr: run of every seed}}
-    for rates in runs.values():
-        rates["its best"] = at_best(rates)
-    places, rates = list(itertools.product(PRIORS, UPDATES)), (*RATES, "its best")
+    for sweep in runs.values():
+        sweep[BEST] = at_best(sweep)
+    places, rates, never = list(itertools.product(PRIORS, UPDATES)), (*RATES, BEST), PRESSURE["steps"] + 1
 
     def ratios(place, lr, other, column="fork_rate"):
+        """Seed by seed (rows are in the order of seeds); nan where neither run gets there."""
         pairs = zip(runs[*place, "cispo"][lr], runs[*place, other][lr])
-        return [mine[f"steps_{column}"] / its[f"steps_{column}"] for mine, its in pairs]
+        pairs = ([run[f"steps_{column}"] for run in pair] for pair in pairs)
+        return [mine / its if min(mine, its) < never else math.nan for mine, its in pairs]
 
     def median(place, lr, column, algo="cispo"):
         return statistics.median(run[column] for run in runs[*place, algo][lr])
 
-    table, cells = [], {}
+    table, cells = [], {}  # cells: medians over seeds
     for place, lr in itertools.product(places, rates):
         row = dict(zip(("fork prior", "updates", "learning rate"), (*place, lr)))
-        row |= {f"{algo}, final": f"{median(place, lr, 'final', algo):.2f}" for algo in RACERS}
-        row |= {f"cispo / {other}": interval(ratios(place, lr, other)) for other in RACERS[1:]}
-        drops = median(place, lr, "peak_drop")
-        table.append(row | {"ppo drops, peak": f"{drops:.1%}"})
-        cells[*place, lr] = {"drops": drops} | {o: statistics.median(ratios(place, lr, o)) for o in RACERS[1:]}
-    print("CISPO's steps to a fork rate of 50 %, as a part of the other's: median over seeds [95 % bootstrap interval]")
-    print("its best: of each algorithm and seed the learning rate with the largest area, judged by the other seeds")
+        cell = cells[*place, lr] = {algo: median(place, lr, "final", algo) for algo in RACERS}
+        cell["drops"] = median(place, lr, "peak_drop")
+        row |= {f"{algo}, final": f"{cell[algo]:.2f}" for algo in RACERS}
+        for column, other in itertools.product(THRESHOLDS, RACERS[1:]):
+            cell[column, other] = bootstrap(ratios(place, lr, other, column))[0]
+            if other in CLIPPED:
+                row[f"{column}, / {other}"] = interval(ratios(place, lr, other, column))
+        table.append(row | {"ppo drops, peak": f"{cell['drops']:.1%}"})
+    print("CISPO's steps to a fork rate of 50 % and to an accuracy of 70 % over those of dapo and grpo: the median of")
+    print("seeds in which one of them gets there [95 % bootstrap interval]. ppo drops, peak: until forks are at 50 %.")
+    print(f"{BEST}: of each algorithm and seed the learning rate with the largest area over the other seeds.")
     print_table(table)
     for place in places:
-        best = ", ".join(f"{algo} {median(place, 'its best', 'lr', algo):g}" for algo in RACERS)
-        told = (f"{interval(ratios(place, 'its best', other, 'accuracy'))} of {other}'s" for other in RACERS[1:])
-        print("prior {:g}, {} updates, each at its best learning rate ({}):".format(*place, best))
-        print(f"    to an accuracy of {THRESHOLDS['accuracy']:.0%} CISPO takes {', '.join(told)} steps")
+        best = ", ".join(f"{algo} {median(place, BEST, 'lr', algo):g}" for algo in RACERS)
+        print("prior {:g}, {} updates: best learning rates {}".format(*place, best))
     for prior in PRIORS:
         dials = {1: runs[prior, 1, "any"]} | {k: runs[prior, k, "cispo"] for k in UPDATES}
-        steps = ", ".join(interval([run["steps_fork_rate"] for run in dial["its best"]]) for dial in dials.values())
-        print(f"prior {prior:g}: at {', '.join(map(str, dials))} updates per rollout CISPO takes {steps} steps to 50 %")
+        best = ", ".join(f"{statistics.median(run['lr'] for run in dial[BEST]):g}" for dial in dials.values())
+        steps = ", ".join(interval([run["steps_fork_rate"] for run in dial[BEST]]) for dial in dials.values())
+        print(f"prior {prior:g}: at {', '.join(map(str, dials))} updates per rollout and rates of {best}")
+        print(f"    CISPO takes {steps} steps to a fork rate of 50 % ({never}: never)")
     draw_map(flags, places, rates, cells)
 
-    swept = [cell for (*_, lr), cell in cells.items() if lr in RATES]
-    _, dapo, grpo = np.corrcoef([[cell[name] for cell in swept] for name in ("drops", "dapo", "grpo")])[0]
-    (prior, k, lr), least = min(cells.items(), key=lambda item: item[1]["dapo"])
-    print(
-        "What PPO's clip would drop, at its peak before forks are at 50 %, predicts the ratio: correlation "
-        f"{dapo:.2f} (dapo), {grpo:.2f} (grpo). Where it is below 2 %, CISPO takes at least "
-        f"{min(cell['dapo'] for cell in swept if cell['drops'] < 0.02):.2f} of dapo's steps; the lowest part is "
-        f"{least['dapo']:.2f} (prior {prior:g}, {k} updates, learning rate {lr}). The report says 0.5."
-    )
+    for column, other in itertools.product(THRESHOLDS, RACERS[1:]):
+        for what, sound in (("a setting at which both end at 0.7 or more", True), ("any other", False)):
+            seen = {w: c[column, other] for w, c in cells.items() if (min(c["cispo"], c[other]) >= 0.7) == sound}
+            seen = {where: ratio for where, ratio in seen.items() if ratio > 0}  # nan is not
+            if seen:
+                place = "prior {:g}, {} updates, learning rate {}".format(*(where := min(seen, key=seen.get)))
+                goal = f"steps to {column} {THRESHOLDS[column]} over {other}'s"
+                print(f"{goal}, lowest in {what}: {seen[where]:.2f} ({place})")
+    for other in CLIPPED:
+        pairs = [(cell["drops"], cell["fork_rate", other]) for (*_, lr), cell in cells.items() if lr in RATES]
+        pairs = [(x, y) for x, y in pairs if y > 0]
+        few, many = ([y for x, y in pairs if low <= x < high] or [math.nan] for low, high in ((0, 0.02), (0.1, 1)))
+        few, many = (f"{min(part):.3f} to {max(part):.3f}" for part in (few, many))
+        fit = f"correlation {np.corrcoef(*zip(*pairs))[0, 1]:.2f}; {few} below 2 %, {many} from 10 % on"
+        print(f"over {other}'s they follow what PPO's clip would drop at its peak: {fit}")
 
 
 def draw_map(flags, places, rates, cells):
     """Two maps of the ratios, rows of places and columns of learning rates; the ratios against what a clip drops."""
     with picture(flags, "algos-map", 3, (13, 3.8)) as axes:
-        for axis, other in zip(axes, ("dapo", "grpo")):
-            grid = [[cells[*place, lr][other] for lr in rates] for place in places]
-            image = axis.imshow(grid, cmap="RdBu", vmin=0.5, vmax=1.5, aspect="auto")
+        for axis, other in zip(axes, CLIPPED):
+            grid = [[cells[*place, lr]["fork_rate", other] for lr in rates] for place in places]
+            image = axis.imshow(grid, cmap="Greens_r", vmin=0.5, vmax=1.05, aspect="auto")
             for y, x in itertools.product(range(len(places)), range(len(rates))):
                 axis.text(x, y, f"{grid[y][x]:.2f}", ha="center", va="center")
-            axis.set_xticks(range(len(rates)), map(str, rates))
+            axis.axvline(len(RATES) - 0.5, color="black", lw=1)
+            axis.set_xticks(range(len(rates)), [f"{1e4 * lr:g}" if lr in RATES else "best" for lr in rates])
             axis.set_yticks(range(len(places)), [f"{prior:g}, {k:g}" for prior, k in places])
             title = f"CISPO's steps to 50 % forks / {other}'s"
-            axis.set(title=title, xlabel="learning rate", ylabel="fork prior, updates per rollout")
+            axis.set(title=title, xlabel="learning rate, 1e-4; each at its best", ylabel="fork prior, updates")
             swept = [cells[*place, lr] for place, lr in itertools.product(places, RATES)]
-            axes[2].plot([100 * cell["drops"] for cell in swept], [cell[other] for cell in swept], "o", label=other)
-        axes[2].set(title="the clip's own toll predicts it", xlabel="tokens PPO's clip would drop, at its peak, %")
+            axes[2].plot(
+                [100 * cell["drops"] for cell in swept], [cell["fork_rate", other] for cell in swept], "o", label=other
+            )
+        axes[2].set(title="it saves where a clip would drop", ylabel="CISPO's steps / the other's")
+        axes[2].set(xlabel="tokens that PPO's clip would drop, peak, %")
         axes[2].legend()
-        axes[0].figure.colorbar(image, ax=axes[:2], label="below 1: CISPO is faster")
+        axes[0].figure.colorbar(image, ax=axes[:2], location="left", label="darker: CISPO is faster")
 
 
 def at_best(rates):
@@ -1082,13 +1116,13 @@ def at_best(rates):
 
 def map_rows(quick):
     """Rows of algos-map.csv, one of every run: its setting and seed, area, steps to the thresholds, final accuracy, and
-    the largest share of tokens that PPO's clip would have dropped in a step before forks reached their threshold.
+    the largest share of tokens that PPO's clip would have dropped in a step until forks crossed their threshold.
 
     With one update per rollout all algorithms are one and the same (algo "any").
     """
     names, rows = ("fork_prior", "updates_per_rollout", "lr", "algo"), []
-    cells = [*itertools.product(PRIORS, (1,), RATES, ("cispo",)), *itertools.product(PRIORS, UPDATES, RATES, RACERS)]
-    settings = {str(cell): dict(zip(names, cell)) for cell in cells}
+    grid = [*itertools.product(PRIORS, (1,), RATES, ("cispo",)), *itertools.product(PRIORS, UPDATES, RATES, RACERS)]
+    settings = {str(cell): dict(zip(names, cell)) for cell in grid}
     runs = run_study(dataclasses.replace(STUDIES["algos"], settings=settings), quick)
     for (setting, seed), log in by(runs, "setting", "seed").items():
         log = [{c: x for c, x in row.items() if x != ""} for row in log]
@@ -1096,7 +1130,8 @@ def map_rows(quick):
         if row["updates_per_rollout"] == 1:
             row["algo"] = "any"
         row |= {f"steps_{column}": f"{steps_to(log, column):.4g}" for column in THRESHOLDS}
-        drops = [r.get("ppo_would_drop_frac", 0) for r in log if r["step"] <= math.ceil(float(row["steps_fork_rate"]))]
+        crossing = math.ceil(steps_to(log, "fork_rate"))
+        drops = [r.get("ppo_would_drop_frac", 0) for r in log if r["step"] <= crossing]
         rows.append(row | {"final": last(log, "accuracy"), "peak_drop": f"{max(drops):.4g}"})
     return rows
 
@@ -1109,8 +1144,8 @@ CAPS = {f"cap {cap}": {"eps_high": eps} for cap, eps in ((2, 1), (5, 4), (8, 7),
 STUDIES = {
     "algos": Study("16 updates per rollout, a fork of 1 %: who learns to think first",
                    ALGORITHMS, PRESSURE, RARE_FORK, verdict=compare_algorithms),
-    "control": Study("no planted fork: every response is a chain that is half learnt",
-                     ALGORITHMS, PRESSURE, {"fork_prior": 1.0, "sft_skill": 0.5},
+    "control": Study("no planted fork: every response is a chain, learnt in part",
+                     ALGORITHMS, PRESSURE, {"fork_prior": 1.0, "sft_skill": 1.0, "sft_steps": 200},
                      curves=("accuracy", "entropy", "ess")),
     "eps": Study("the cap on CISPO's weight", CAPS, PRESSURE, RARE_FORK),
     "precision": Study("output head in fp32 and in bf16, training against rollout",
@@ -1127,7 +1162,8 @@ STUDIES = {
     "balance": Study("load-balancing loss and token drop, in cold start and RL",
                      {f"weight {coef:g}": {"router_coef": coef} for coef in (0, 0.001, 0.1)}
                      | {f"weight {coef:g}, drop": {"router_coef": coef, "capacity": 1.25} for coef in (0, 0.1)},
-                     PRESSURE, curves=("over_capacity", "logp_gap_mean", "accuracy")),
+                     PRESSURE, curves=("over_capacity", "logp_gap_mean", "accuracy"),
+                     beside={"weight 0.1, drop": "weight 0.1"}),
     "eps-fast": Study("the cap on CISPO's weight, at a learning rate of 8e-4, where it acts",
                       CAPS, PRESSURE | {"lr": 8e-4}, RARE_FORK,
                       curves=("fork_rate", "accuracy", "ratio_max", "weight_clip_frac_high")),
@@ -1266,23 +1302,23 @@ def hybrid(flags):
     text = "{accuracy:.2f} [{accuracy_low:.2f}, {accuracy_high:.2f}]"
     with picture(flags, "hybrid", len(parts), (10, 3.8)) as axes:
         for axis, (task, rows) in zip(axes, parts.items()):
-            medians = []
+            learnt = []
             for ratio, runs in by(rows, "softmax_every").items():
                 curve = median_and_range(by(runs, "seed").values(), "pairs", "accuracy")
                 color = axis.plot(PAIRS, [point["accuracy"] for point in curve], label=RATIOS[ratio])[0].get_color()
                 axis.plot([run["pairs"] for run in runs], [run["accuracy"] for run in runs], "o", ms=4, color=color)
                 row = {f"{point['pairs']:.0f} pairs": text.format(**point) for point in curve}
-                hardest = by(runs, "pairs")[PAIRS[-1]]
-                row["learnt"] = f"{sum(run['skill'] >= RECALL_SKILL for run in hardest)} of {len(hardest)}"
-                row["steps"] = interval([run["steps"] for run in hardest])
+                easiest = by(runs, "pairs")[PAIRS[0]]
+                row["have learnt it"] = f"{sum(run['accuracy'] >= 0.9 for run in easiest)} of {len(easiest)}"
+                row["steps"] = "{:.0f} [{:.0f}, {:.0f}]".format(*bootstrap([run["steps"] for run in easiest]))
                 table.append({"task": task, "layers": RATIOS[ratio]} | row)
-                medians.append(f"{RATIOS[ratio]} {statistics.median(run['steps'] for run in hardest):g}")
+                learnt.append(f"{row['have learnt it']} {RATIOS[ratio]}")
             axis.plot(PAIRS, [1 / n + (1 - 1 / n) / 10 for n in PAIRS], ":", color="gray")
-            axis.set(title=RECALLS[task], xlabel="pairs to remember", ylabel="accuracy (dotted: any pair's value)")
-            told.append(f"{task}, {RECALLS[task]}: median steps of imitation: {', '.join(medians)}")
-        axes[0].legend(fontsize=8)
-    skill = f"learnt: {RECALL_SKILL:.0%} of forced chains right"
-    print(f"held-out accuracy after imitation, median [range] over seeds; {skill}")
+            axis.set(title=RECALLS[task], xlabel="pairs to remember", ylabel="accuracy (dotted: a pair by chance)")
+            told.append(f"{RECALLS[task]}, these seeds have learnt it: {', '.join(learnt)}.")
+        axes[0].legend(fontsize=8, title="median; dots: seeds")
+    print(f"held-out accuracy after imitation, median [range] over seeds; learnt: 0.9 or more of {PAIRS[0]} pairs")
+    print(f"steps: until {RECALL_SKILL:.0%} of forced chains are right, at most {RECALL_STEPS}; median [95 % interval]")
     print_table(table)
     print("\n".join(told))
 
@@ -1463,26 +1499,26 @@ def picture(flags, name, n, size, title=None, **kw):
     plt.close(figure)
 
 
-def draw_curve(axis, rows, x, y, label=None, style="o-"):
-    """Column y against column x with a band from y_low to y_high, where they were measured."""
+def draw_curve(axis, rows, x, y, label=None, style="o-", band=0.3, **kw):
+    """Column y against column x with a band of that opacity from y_low to y_high, where they were measured."""
     rows = [row for row in rows if y in row]
     at, mid = ([row[column] for row in rows] for column in (x, y))
     low, high = ([row.get(f"{y}_{end}", row[y]) for row in rows] for end in ("low", "high"))
-    axis.fill_between(at, low, high, alpha=0.3, lw=0)
-    axis.plot(at, mid, style, ms=3, label=label)
+    axis.fill_between(at, low, high, alpha=band, lw=0)
+    axis.plot(at, mid, style, ms=3, label=label, **kw)
 
 
 def median_and_range(logs, x, y):
-    """Over several logs, where all measured y: rows of x, y (the median), y_low and y_high (the range)."""
+    """Over several logs, where more than half measured y: rows of x, y (the median), y_low and y_high (the range)."""
     curves = [{row[x]: row[y] for row in log if y in row} for log in logs]
-    at = sorted(set.intersection(*map(set, curves)))
-    values = [sorted(curve[t] for curve in curves) for t in at]
-    return [{x: t, y: statistics.median(v), f"{y}_low": v[0], f"{y}_high": v[-1]} for t, v in zip(at, values)]
+    values = {t: sorted(curve[t] for curve in curves if t in curve) for t in sorted(set().union(*curves))}
+    values = {t: v for t, v in values.items() if len(v) > len(curves) / 2}
+    return [{x: t, y: statistics.median(v), f"{y}_low": v[0], f"{y}_high": v[-1]} for t, v in values.items()]
 
 
-def draw_median(axis, logs, x, y, label=None):
+def draw_median(axis, logs, x, y, label=None, **kw):
     """The curve of y against x over several logs: their median, with their range as its band."""
-    draw_curve(axis, median_and_range(logs, x, y), x, y, label)
+    draw_curve(axis, median_and_range(logs, x, y), x, y, label, **kw)
 
 
 @dataclass(frozen=True)
@@ -1493,7 +1529,7 @@ class Flags:
     redraw: bool = flag(False, "only draw the picture, from the CSV files that are there", "files")
     sweep: bool = flag(False, "kernel: time its block sizes instead", "sizes")
     full: bool = flag(
-        False, "algos: the map over fork prior, updates and learning rate (540 runs, 90 minutes on 2 cores)", "sizes"
+        False, "algos: the map over fork prior, updates and learning rate (675 runs, two hours on 2 cores)", "sizes"
     )
     quick: bool = flag(False, "tiny sizes, to see that it works; traps: no tests; needs --out", "sizes")
 
@@ -1517,7 +1553,12 @@ def main(argv=None):
     if name not in BENCHES:
         wrong = "the benchmark's name comes first:" if name is None else f"unknown benchmark {name!r}; choose from"
         raise ValueError(f"{wrong} {', '.join(BENCHES)}, e.g. python bench.py flops")
-    BENCHES[name](flags)
+    try:
+        BENCHES[name](flags)
+    except KeyError as error:
+        if not flags.redraw:
+            raise
+        raise ValueError(f"{name}'s CSV file is of another version, without {error}; leave out --redraw") from None
 
 
 if __name__ == "__main__":

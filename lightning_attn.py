@@ -590,8 +590,8 @@ def lightning_step(q, k, v, slope, state, impl="auto"):
         raise ValueError(f"the state must be {acc} of shape {expected}, found {state.dtype} {tuple(state.shape)}")
     if _use_kernel(impl, q, v) and state.is_contiguous():
         return _step_op(q, k, v, slope.float().contiguous(), state)
-    state.addcmul_(_forget(slope, 1, acc), state, value=-1)  # in place: no temporary of the state's size
-    state.addcmul_(k.to(acc)[..., :, None], v.to(acc)[..., None, :])
+    kv = k.to(acc)[..., :, None] * v.to(acc)[..., None, :]
+    state += kv.addcmul_(_forget(slope, 1, acc), state, value=-1)
     return (q.to(acc)[..., :, None] * state).sum(-2).to(q.dtype)
 
 

@@ -367,7 +367,7 @@ class MoE(nn.Module):
         super().__init__()
         D, E, F_ = config.hidden_size, config.num_local_experts, config.intermediate_size
         self.top_k, self.form = config.num_experts_per_tok, "auto"
-        self.capacity = None  # a number makes training drop tokens, see within_capacity
+        self.capacity = None  # a number drops tokens in passes without a cache, see within_capacity
         self.gate = Linear(D, E)
         self.w1 = nn.Parameter(torch.empty(E, F_, D))
         self.w3 = nn.Parameter(torch.empty(E, F_, D))
@@ -415,8 +415,11 @@ class MoE(nn.Module):
         return (hidden.view(-1, E, F_) * scale[..., None]).view(-1, E * F_) @ self.w2.view(-1, D)
 
     def within_capacity(self, chosen, mask):
-        """Token drop (01): which choices (T, k) their expert has room for, bool. It takes the first ones of the batch,
-        at most `capacity` times an even share; the others add nothing. The factor was not published.
+        """Token drop (MiniMax-01): which choices (T, k) their expert has room for, bool.
+
+        An expert takes at most `capacity` times an even share (the factor was not published), in the order of the
+        batch: late rows lose first (ours). A dropped choice adds nothing; the weights of the others stay as they are.
+        This holds in every pass without a cache, for old log-probs as for new ones.
         """
         E, choices = len(self.w1), chosen.flatten()
         hit = F.one_hot(choices, E)

@@ -68,7 +68,7 @@ class Flags:
     eval: str = flag(None, "score this run or model directory and stop", "run")
     resume: str = flag(None, "go on with this run folder; --steps, --keep, --device and checkpoints may change", "run")
     checkpoint_every: int = flag(5, "RL steps between checkpoints", "run", at_least=1)
-    checkpoint_minutes: float = flag(None, "besides, a checkpoint whenever so many have passed (ours)", "run", above=0)
+    checkpoint_minutes: float = flag(None, "a checkpoint also every so many minutes (ours)", "run", above=0)
     keep: int = flag(2, "newest checkpoints to keep, besides the one after the cold start", "run", at_least=1)
 
     preset: str = flag(None, "tiny, small or base; none = tiny, or the size of --init", "model", choices=tuple(PRESETS))
@@ -100,26 +100,39 @@ class Flags:
         3000, "tokens in a row of p > 0.99 that end a response; 0 = off (report sec. 3.2)", "reinforcement", at_least=0
     )
     min_groups: int = flag(4, "fewest prompts with unequal rewards that make an update", "reinforcement", at_least=1)
-    resample: int = flag(2, "how often to draw more prompts when there are too few", "reinforcement", at_least=0)
+    resample: int = flag(
+        2, "dynamic sampling (DAPO): how often to draw more prompts when there are too few", "reinforcement", at_least=0
+    )
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "reinforcement", above=0)
     adam_eps: float = flag(1e-15, "of AdamW (report sec. 3.2: gradients go down to 1e-18)", "reinforcement", above=0)
     router_coef: float = flag(
         None, "weight of the experts' load-balancing loss, cold start included; none = the model's", "model", at_least=0
     )
     capacity: float = flag(
-        None, "token drop in training: an expert takes at most this many times an even load (MiniMax-01; its factor "
-        "was not published); none = no drop", "model", above=0,
+        None, "token drop in training, not in rollouts: an expert takes at most this many times an even load "
+        "(MiniMax-01; its factor was not published); none = no drop", "model", above=0,
     )  # fmt: skip
     head: str = flag("fp32", "output head; bf16 shows why not (report Fig. 3)", "model", choices=("fp32", "bf16"))
 
     algo: str = flag("cispo", "which loss", "loss", choices=tuple(cispo.ALGORITHMS))
-    eps_high: float = flag(4.0, "CISPO's ratio is capped at 1 + this; none = no cap", "loss", optional=True)
-    eps_low: float = flag(None, "CISPO's ratio is at least 1 - this; none = no lower bound", "loss")
-    clip_low: float = flag(0.2, "trust region below 1 (grpo: on both sides)", "loss", at_least=0)
-    clip_high: float = flag(0.28, "trust region above 1", "loss", at_least=0)
-    token_weights: str = flag("batch", "normaliser of the loss", "loss", choices=cispo.WEIGHT_MODES)
+    eps_high: float = flag(
+        4.0, "cispo, unified: the ratio is capped at 1 + this (report eq. 5; its value was not published); "
+        "none = no cap", "loss", optional=True,
+    )  # fmt: skip
+    eps_low: float = flag(None, "cispo, unified: the ratio is at least 1 - this; none = no lower bound", "loss")
+    clip_low: float = flag(
+        0.2, "dapo, unified, grpo (on both sides): trust region below 1; others only log it", "loss", at_least=0
+    )
+    clip_high: float = flag(0.28, "dapo, unified: trust region above 1 (DAPO)", "loss", at_least=0)
+    token_weights: str = flag(
+        "batch", "normaliser: one mean over the batch (DAPO), over each group (report eq. 4), over each response "
+        "(GRPO), or batch and response combined (report sec. 5)", "loss", choices=cispo.WEIGHT_MODES,
+    )  # fmt: skip
     overlong_buffer: int = flag(
-        0, "soft penalty over the last so many tokens of a response; 0 = off", "loss", at_least=0
+        0,
+        "soft penalty over the last so many tokens of a response (DAPO, report sec. 3.1); 0 = off",
+        "loss",
+        at_least=0,
     )
     truncated: str = flag(
         "score", "a response cut by its length: score = earns nothing; mask = carries no loss, its reward still counts "
@@ -127,7 +140,12 @@ class Flags:
     )  # fmt: skip
 
     windows: str = flag(None, "longest response in tokens, in stages such as 40,48,56 (report sec. 5)", "curriculum")
-    jump_at: int = flag(None, "the control: from this RL step on the last window (ours)", "curriculum", at_least=2)
+    jump_at: int = flag(
+        None,
+        "the control, without the rule: at this RL step from the first window to the last (ours)",
+        "curriculum",
+        at_least=2,
+    )
     window_decay: float = flag(
         1.0, "each new window multiplies max_grad_norm and eps_high (report sec. 5)", "curriculum", above=0, at_most=1
     )
@@ -136,7 +154,10 @@ class Flags:
         at_least=1,
     )  # fmt: skip
     filter_problems: int = flag(
-        0, "RL on those of so many with 0 < pass@10 < 0.9 before it; 0 = off (report sec. 4)", "curriculum", at_least=0
+        0,
+        "draw so many problems before RL and train on those right in 1 to 8 of 10 tries; 0 = off (report sec. 4)",
+        "curriculum",
+        at_least=0,
     )
 
     eval_every: int = flag(5, "RL steps between evaluations", "evaluation", at_least=1)
@@ -397,7 +418,7 @@ class Curriculum:
     Windows (report sec. 5): a run moves to the next one after a step at which both hold (n = STEPS),
       - the outputs' perplexity has converged: in this window, its mean over the last n steps differs by at most
         CONVERGED, relatively, from its mean over the n steps before;
-      - their length nears the limit: its 99th percentile in this step is at least NEAR windows.
+      - their length nears the limit: its 99th percentile in this step is at least NEAR times the window.
     --jump-at takes the place of this rule. Window number w = 0, 1, ... scales clipping by window_decay ** w.
     Moves (report sec. 4): one more after n steps at this difficulty in which on average EASY responses were right. The
     longest response follows unless --windows or --max-new-tokens fixes it.
@@ -685,13 +706,21 @@ def reopen(folder, optimizer, device, last_step):
         raise ValueError(f"{trainer} is damaged; point {folder}/latest at an older checkpoint") from None
     if step > last_step:
         raise ValueError(f"{checkpoint} is already past --steps {last_step}; give --steps {step} or more")
+    cut = {}
+    for file in ("log.csv", "dropped.csv"):
+        header, *lines = (folder / file).read_text().splitlines(keepends=True) or [""]
+        try:
+            kept = [line for line in lines if int(line.partition(",")[0]) <= step and line.endswith("\n")]
+        except ValueError:
+            raise ValueError(
+                f"{folder / file} has a line that does not begin with its step; mend or remove it"
+            ) from None
+        cut[folder / file] = header + "".join(kept)
     newer = [other for other in folder.glob("step-*") if other.name > f"step-{step:06d}"]
     for leftover in [*folder.glob(".*.writing*"), *newer]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    for file in ("log.csv", "dropped.csv"):
-        header, *lines = (folder / file).read_text().splitlines(keepends=True)
-        kept = (line for line in lines if int(line.partition(",")[0]) <= step and line.endswith("\n"))
-        write_file(folder / file, header + "".join(kept))
+    for path, text in cut.items():
+        write_file(path, text)
     return step, seconds, curriculum
 
 
