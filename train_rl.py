@@ -566,7 +566,8 @@ def minibatches(experience, flags):
 
 
 def updates(model, optimizer, experience, flags, lr):
-    """Train on one step's experience: k minibatches of whole groups, one optimizer step each. Yields after each update.
+    """Train on one step's experience: k minibatches of whole groups, one optimizer step each, so that every response is
+    trained on once. Fewer than k where fewer groups are kept. Yields after each update.
 
     The old log-probs come from the same minibatches in the same mode as the new ones; the first minibatch has them from
     its own update's pass, so the ratio is 1 to the last bit there. The sampler's own log-probs only measure how far
@@ -588,7 +589,7 @@ def updates(model, optimizer, experience, flags, lr):
         "logp_gap": float(gap.max()),
         "logp_gap_mean": float(gap.mean()),
     }
-    late = batch.trained.cumsum(1) > flags.longest / 2
+    late = batch.trained.cumsum(1) > flags.longest / 2  # half of the allowed length, not of the response's own
     for half, here in (("early", batch.trained & ~late), ("late", batch.trained & late)):
         size = advantages.abs() * here.sum(1)
         if total := float(size.sum()):
@@ -999,7 +1000,7 @@ def train(flags):
     apply_flags(model, flags)
     tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model, 0.0, flags.adam_eps)
     folder = folder or new_folder(flags)
-    step, earlier, state = reopen(folder, optimizer, device, flags.steps) if saved else (-1, 0.0, {})
+    step, earlier, state = reopen(folder, optimizer, device, flags.steps) if saved else (-1, 0.0, {})  # 0 is next
     curriculum = Curriculum(flags, **state)
     record = (read_json(folder / "run.json") if saved else {}) | describe(flags, model)  # how a cold start ended stays
     write_file(folder / "run.json", json.dumps(record, indent=2) + "\n")
