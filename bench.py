@@ -844,11 +844,8 @@ KEPT = ["step", "accuracy", "eval_fork_rate", "correct", "fork_rate", "length", 
 def study(name, flags):
     """Run a Study, or read its runs from NAME.csv (--redraw); table, sentence, NAME.csv and NAME.png."""
     plan = STUDIES[name]
-    rows = recorded(flags, name, functools.partial(run_study, plan))
+    rows = recorded(flags, name, functools.partial(run_study, plan), (*plan.curves, *plan.settings))
     logs = {setting: list(by(mine, "seed").values()) for setting, mine in by(rows, "setting").items()}
-    lacking = [column for column in plan.curves if not any(column in row for row in rows)]
-    if flags.redraw and lacking:
-        raise ValueError(f"{name}.csv does not hold {', '.join(lacking)}; make it again without --redraw")
     seeds = len(next(iter(logs.values())))
     title = f"{plan.title} (median and range of {seeds} seeds)"
     with picture(flags, name, len(plan.curves), (11, 3.6), title) as axes:
@@ -1021,7 +1018,7 @@ RACERS, CLIPPED, BEST = ("cispo", "dapo", "grpo", "reinforce"), ("dapo", "grpo")
 
 def regime_map(flags):
     """CISPO's steps to a fork rate of 50 % as a part of the others', over the regime: algos-map.csv, algos-map.png."""
-    runs = by(recorded(flags, "algos-map", map_rows), "fork_prior", "updates_per_rollout", "algo")
+    runs = by(recorded(flags, "algos-map", map_rows, ["peak_drop", "any"]), "fork_prior", "updates_per_rollout", "algo")
     runs = {here: by(rows, "lr") for here, rows in runs.items()}  # {(prior, updates, algo): {lr: run of every seed}}
     for sweep in runs.values():
         sweep[BEST] = at_best(sweep)
@@ -1060,8 +1057,12 @@ def regime_map(flags):
         steps = ", ".join(interval([run["steps_fork_rate"] for run in dial[BEST]]) for dial in dials.values())
         print(f"prior {prior:g}: at {', '.join(map(str, dials))} updates per rollout and rates of {best}")
         print(f"    CISPO takes {steps} steps to a fork rate of 50 % ({never}: never)")
+    tell_map(cells)
     draw_map(flags, places, rates, cells)
 
+
+def tell_map(cells):
+    """Where CISPO saves most, and what its savings follow. cells: {(prior, updates, learning rate): medians}."""
     for column, other in itertools.product(THRESHOLDS, RACERS[1:]):
         for what, sound in (("a setting at which both end at 0.7 or more", True), ("any other", False)):
             seen = {w: c[column, other] for w, c in cells.items() if (min(c["cispo"], c[other]) >= 0.7) == sound}
@@ -1093,9 +1094,8 @@ def draw_map(flags, places, rates, cells):
             title = f"CISPO's steps to 50 % forks / {other}'s"
             axis.set(title=title, xlabel="learning rate, 1e-4; each at its best", ylabel="fork prior, updates")
             swept = [cells[*place, lr] for place, lr in itertools.product(places, RATES)]
-            axes[2].plot(
-                [100 * cell["drops"] for cell in swept], [cell["fork_rate", other] for cell in swept], "o", label=other
-            )
+            x, y = zip(*((100 * cell["drops"], cell["fork_rate", other]) for cell in swept))
+            axes[2].plot(x, y, "o", label=other)
         axes[2].set(title="it saves where a clip would drop", ylabel="CISPO's steps / the other's")
         axes[2].set(xlabel="tokens that PPO's clip would drop, peak, %")
         axes[2].legend()
@@ -1298,7 +1298,7 @@ RECALL_SKILL, RECALL_STEPS = 0.99, 1600
 
 def hybrid(flags):
     """Associative recall against the number of pairs, for five mixtures of layers: hybrid.csv and hybrid.png."""
-    parts, table, told = by(recorded(flags, "hybrid", run_recalls), "task"), [], []
+    parts, table, told = by(recorded(flags, "hybrid", run_recalls, ["steps"]), "task"), [], []
     text = "{accuracy:.2f} [{accuracy_low:.2f}, {accuracy_high:.2f}]"
     with picture(flags, "hybrid", len(parts), (10, 3.8)) as axes:
         for axis, (task, rows) in zip(axes, parts.items()):
@@ -1425,15 +1425,21 @@ def quartiles(name, values):
     return {name: f"{median:.4g}", f"{name}_low": f"{low:.4g}", f"{name}_high": f"{high:.4g}"}
 
 
-def recorded(flags, name, measure):
-    """Rows of NAME.csv: measured (a function of --quick) and written now, or with --redraw those that are there."""
+def recorded(flags, name, measure, needs=()):
+    """Rows of NAME.csv: measured (a function of --quick) and written now, or with --redraw those that are there, which
+    must hold the columns and texts in `needs`.
+    """
     path = Path(flags.out) / f"{name}.csv"
     if not flags.redraw:
         torch.manual_seed(0)
         write_csv(path, measure(flags.quick))
     elif not path.exists():
         raise ValueError(f"{path} is not there to be drawn; leave out --redraw to measure it")
-    return read_csv(path)
+    rows = read_csv(path)
+    held = {x for row in rows for pair in row.items() for x in pair}
+    if flags.redraw and (lacking := [x for x in needs if x not in held]):
+        raise ValueError(f"{path} does not hold {', '.join(lacking)}; make it again without --redraw")
+    return rows
 
 
 def measured(flags, name, measure):
@@ -1553,12 +1559,7 @@ def main(argv=None):
     if name not in BENCHES:
         wrong = "the benchmark's name comes first:" if name is None else f"unknown benchmark {name!r}; choose from"
         raise ValueError(f"{wrong} {', '.join(BENCHES)}, e.g. python bench.py flops")
-    try:
-        BENCHES[name](flags)
-    except KeyError as error:
-        if not flags.redraw:
-            raise
-        raise ValueError(f"{name}'s CSV file is of another version, without {error}; leave out --redraw") from None
+    BENCHES[name](flags)
 
 
 if __name__ == "__main__":

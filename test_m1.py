@@ -2543,6 +2543,15 @@ def test_the_readmes_rule_for_when_cispo_helps_is_what_the_map_prints(capsys, tm
     text = "CISPO's five runs end at {}, REINFORCE's at {}, DAPO's at {}."
     assert text.format(*(f"{min(x):.2f} to {max(x):.2f}" for x in ends)) in README_LINE
     assert f"{len(committed('algos-map'))} runs" in README_LINE
+    for prior, (k, lr) in itertools.product(bench.PRIORS, ((4, 4e-4), (4, 8e-4), (4, 1.6e-3))):
+        few, many = ([r["steps_fork_rate"] for r in runs[prior, *at, "cispo"]] for at in ((k, lr), (16, lr / 4)))
+        assert statistics.median(few) < statistics.median(many)  # at equal updates x learning rate
+    capped = bench.by([r for r in committed("eps-fast") if "weight_clip_frac_high" in r], "setting", "seed")
+    capped = [bench.mean(log, "weight_clip_frac_high") for (cap, _), log in capped.items() if cap == "cap 5"]
+    assert f"a cap of 5 acts on {statistics.median(capped):.2%} of tokens".replace("%", " %") in README_LINE
+    layers = bench.by(committed("hybrid"), "task", "softmax_every", "pairs")
+    learnt = [sum(r["accuracy"] >= 0.9 for r in layers["far", every, 2]) for every in bench.RATIOS]
+    assert learnt == [2, 2, 2, 2, 5] and "32 characters later 2 of 5 seeds" in README_LINE
     for log in (train_rl.read_log(HERE / f"figures/main-seed{seed}.csv") for seed in bench.SEEDS):
         steps = range(1, math.ceil(bench.steps_to(log, "fork_rate")) + 1)
         assert max(log[step].get("ppo_would_drop_frac", 0) for step in steps) < 0.01  # the README's word

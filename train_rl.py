@@ -693,8 +693,8 @@ def save_checkpoint(model, optimizer, curriculum, folder, step, keep, seconds):
 def reopen(folder, optimizer, device, last_step):
     """Make a run folder what it was at its newest checkpoint: its step, the seconds run, the state of its Curriculum.
 
-    Loads the optimizer, then cuts log.csv back and removes what was being written when the run stopped. Changes nothing
-    when the checkpoint is damaged or beyond last_step.
+    Loads the optimizer, then cuts log.csv and dropped.csv back and removes what was being written when the run stopped.
+    Changes nothing when the checkpoint or one of these files is damaged, or the checkpoint beyond last_step.
     """
     checkpoint = checkpoint_dir(folder)
     trainer = checkpoint / "trainer.pt"
@@ -713,9 +713,8 @@ def reopen(folder, optimizer, device, last_step):
         try:
             kept = [line for line in lines if int(line.partition(",")[0]) <= step and line.endswith("\n")]
         except ValueError:
-            raise ValueError(
-                f"{folder / file} has a line that does not begin with its step; mend or remove it"
-            ) from None
+            where = f"{folder / file} has a line that does not begin with its step"
+            raise ValueError(f"{where}; mend or remove it") from None
         cut[folder / file] = header + "".join(kept)
     newer = [other for other in folder.glob("step-*") if other.name > f"step-{step:06d}"]
     for leftover in [*folder.glob(".*.writing*"), *newer]:
