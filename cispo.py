@@ -1,88 +1,140 @@
-"""CISPO, the RL objective of MiniMax-M1, and its neighbours: tensors in, a scalar and its diagnostics out.
+"""CISPO, the RL objective of MiniMax-M1, and its neighbours: tensors in, a loss out.
 
-A response i of the group of G answers to one prompt has the advantage A_i. Its token t was drawn with probability
-pi_old and now has pi; r = pi / pi_old is the importance-sampling ratio. Every algorithm here is one formula,
+A response i of the group of G answers to one prompt has the advantage A_i. Its token t was drawn
+with probability pi_old and now has pi; r = pi / pi_old. Every algorithm here is one formula,
 
-    loss = - sum_{i,t} w_it * sg(rhat_it) * M_it * A_i * log pi_it        sg = no gradient flows through it
+    loss = - sum_{i,t} w_it * sg(rhat_it * M_it) * A_i * log pi_it       sg = no gradient through it
 
-and differs only in the bounded ratio rhat and in the mask M (table ALGORITHMS). PPO's family drops tokens whose ratio
-left the trust region (M = 0); CISPO keeps every token and bounds its weight instead.
-Equation numbers are those of the MiniMax-M1 report (arXiv:2506.13585) sec. 3.1. "ours" = decided here.
+and differs only in the bounded ratio rhat, the mask M and the weights w (table ALGORITHMS). PPO's
+family drops tokens whose ratio left the trust region (M = 0); CISPO keeps every token and bounds
+its weight. Equation numbers: MiniMax-M1 report (arXiv:2506.13585) sec. 3.1; "ours" = decided here.
 
-    1. Advantages, penalties, filters      group_advantages, overlong_penalty, informative_groups
-    2. How much each token counts          token_weights
-    3. The loss                            ALGORITHMS, policy_loss
-    4. Training against rollout            prob_correlation
-    5. See it run                          main: `python cispo.py`, the gradient of one token under every algorithm
+    1. The recipe            ALGORITHMS, Recipe
+    2. Around the loss       group_advantages, informative_groups, overlong_penalty, token_weights
+    3. The loss              policy_loss
+    4. What to watch         statistics, prob_correlation
+    5. See it run            main: `python cispo.py`, a token's gradient under every algorithm
 
-Dimension key: N responses (prompts x G, those of a prompt contiguous), T response tokens, G responses per prompt.
+Dimension key: N responses (prompts x G, those of a prompt contiguous), T tokens, G group size.
 """
 
 import argparse
-from typing import NamedTuple
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-import torch
+from cli import ranges, torch  # torch loads when it is first used
 
 # ============================================================================
-# 1. Advantages, penalties, filters                              (eq. 2; DAPO)
+# 1. The recipe
+# ============================================================================
+
+
+class Algorithm(NamedTuple):
+    """What an algorithm brings for each part of the formula; inf = no bound."""
+
+    eps_low: float  # eq. 5: 1 - eps_low <= rhat <= 1 + eps_high
+    eps_high: float
+    masked: bool  # whether M drops tokens outside the trust region, or they are only reported
+    clip_low: float  # eq. 7: the trust region is 1 - clip_low <= r <= 1 + clip_high
+    clip_high: float
+    token_weights: str
+
+
+INF = float("inf")
+ALGORITHMS = {
+    "cispo": Algorithm(INF, 4.0, False, 0.2, 0.28, "batch"),  # eq. 4, 5
+    "dapo": Algorithm(INF, INF, True, 0.2, 0.28, "batch"),  # the gradient of PPO's min form
+    "grpo": Algorithm(INF, INF, True, 0.2, 0.2, "sequence"),  # eq. 1
+    "reinforce": Algorithm(INF, INF, False, 0.2, 0.28, "batch"),  # eq. 3
+    "unified": Algorithm(INF, 4.0, True, 0.2, 0.28, "batch"),  # eq. 6, 7
+}
+WEIGHT_MODES = ("batch", "group", "sequence", "combined")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The loss: an algorithm is complete; a part that is given replaces the algorithm's own."""
+
+    algo: Literal["cispo", "dapo", "grpo", "reinforce", "unified"] = "cispo"
+    """which loss: bounds of the ratio, trust region and token weights all follow"""
+    eps_high: float | None = None
+    """the ratio is capped at 1 + this; cispo, unified: 4 (the report never gave its value)"""
+    eps_low: float | None = None
+    """the ratio is at least 1 - this; none has such a bound by itself"""
+    clip_low: float | None = None
+    """trust region below 1: 0.2; cispo and reinforce only report what it would drop"""
+    clip_high: float | None = None
+    """trust region above 1: 0.28 (DAPO); grpo 0.2"""
+    token_weights: Literal["batch", "group", "sequence", "combined"] | None = None
+    """one mean over the batch, each group (eq. 4 to the letter) or each response (GRPO's own)"""
+    overlong_buffer: int = 0
+    """soft penalty over the last so many tokens of a response (DAPO, report sec. 3.1); 0 = off"""
+
+    def __post_init__(self):
+        some = (0, INF)  # so that no bound excludes r = 1
+        ranges(self, eps_low=some, eps_high=some, clip_low=some, clip_high=some)
+        ranges(self, overlong_buffer=(0, 10**7))
+
+    def part(self, name):
+        """A field of Algorithm: what was given, else what the algorithm brings."""
+        given = getattr(self, name, None)
+        return getattr(ALGORITHMS[self.algo], name) if given is None else given
+
+    @property
+    def bounds(self):
+        """(low, high) of rhat, low never below 0."""
+        return max(1 - self.part("eps_low"), 0.0), 1 + self.part("eps_high")
+
+
+# ============================================================================
+# 2. Around the loss                                             (eq. 2; DAPO)
 # ============================================================================
 
 
 def _groups(values, group_size):
     """(N,) -> (N / G, G) in fp64, or a ValueError that says why not."""
     if values.ndim != 1 or len(values) == 0 or group_size < 1 or len(values) % group_size:
-        raise ValueError(
-            f"need (N,) values with N > 0 a multiple of the group size {group_size}, found {tuple(values.shape)}"
-        )
+        need = f"(N,) values with N > 0 a multiple of the group size {group_size}"
+        raise ValueError(f"need {need}, found {tuple(values.shape)}")
     groups = values.double().view(-1, group_size)
     if not groups.isfinite().all():
         raise ValueError("rewards must be finite")
     return groups
 
 
-def _flat(groups):
-    """(N / G, 1) bool: groups whose rewards are equal up to rounding, which must not be blown up into a signal."""
-    spread = groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)
-    return spread <= 1e-6 * groups.abs().amax(1, keepdim=True)
-
-
 def group_advantages(rewards, group_size, normalize_std=True):
-    """Eq. 2: how much better a response is than its siblings, A_i = (R_i - mean(R)) / std(R) over its group.
+    """Eq. 2: how much better a response is than its siblings, A_i = (R_i - mean(R)) / std(R).
 
-    rewards (N,), the G responses of a prompt contiguous. The std divides by G. A group with equal rewards has A = 0
-    exactly: it teaches nothing. normalize_std=False leaves the division out (Dr. GRPO). Returns (N,) fp32, or fp64 for
-    fp64 rewards.
+    rewards (N,), the G responses of a prompt contiguous. The std divides by G. A group with equal
+    rewards has A = 0 exactly: it teaches nothing. normalize_std=False leaves the division out (Dr.
+    GRPO). Returns (N,) fp32, or fp64 for fp64 rewards.
     """
     groups = _groups(rewards, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
+    advantages = groups - groups.mean(1, keepdim=True)
     if normalize_std:
-        centred = centred / groups.std(1, correction=0, keepdim=True)
-    return (
-        centred.masked_fill(_flat(groups), 0.0)
-        .flatten()
-        .to(rewards.dtype if rewards.is_floating_point() else torch.float32)
-    )
+        advantages = advantages / groups.std(1, correction=0, keepdim=True)
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
+    flat = ~informative_groups(rewards, group_size)
+    return advantages.masked_fill(flat[:, None], 0.0).flatten().to(dtype)
 
 
 def informative_groups(rewards, group_size):
-    """Dynamic sampling (DAPO): which groups have unequal rewards and therefore a gradient. (N,) -> (N / G,) bool."""
-    return ~_flat(_groups(rewards, group_size))[:, 0]
+    """Dynamic sampling (DAPO): which groups disagree and so teach. (N,) -> (N / G,) bool.
+
+    Rewards equal up to rounding agree: the division by their std must not blow that up.
+    """
+    groups = _groups(rewards, group_size)
+    return groups.amax(1) - groups.amin(1) > 1e-6 * groups.abs().amax(1)
 
 
 def overlong_penalty(lengths, max_len, buffer):
-    """Soft overlong penalty (DAPO), added to the reward: 0 up to max_len - buffer tokens, falling linearly to -1 at
-    max_len, -1 beyond. lengths (N,) in tokens. Returns (N,) fp32.
+    """Soft overlong penalty (DAPO), added to the reward: 0 up to max_len - buffer tokens, falling
+    linearly to -1 at max_len, -1 beyond. lengths (N,) in tokens. Returns (N,) fp32.
     """
     if not 0 < buffer <= max_len:
         raise ValueError(f"need 0 < buffer <= max_len, found buffer {buffer}, max_len {max_len}")
     return ((max_len - buffer - lengths.float()) / buffer).clamp(-1.0, 0.0)
-
-
-# ============================================================================
-# 2. How much each token counts                       (the normaliser of eq. 4)
-# ============================================================================
-
-WEIGHT_MODES = ("batch", "group", "sequence", "combined")
 
 
 def token_weights(mask, mode="batch", group_size=None):
@@ -90,22 +142,22 @@ def token_weights(mask, mode="batch", group_size=None):
 
     mask (N, T) bool, True = a token to train on. Modes:
         batch      one mean over all tokens (DAPO, most libraries)
-        group      token mean inside each prompt's group, then a mean over prompts (eq. 4 to the letter)
+        group      token mean inside each prompt's group, then a mean over prompts (eq. 4)
         sequence   token mean inside each response, then a mean over responses (GRPO, eq. 1)
-        combined   half batch, half sequence (the report combines both and gives no formula; ours)
-    Responses or groups without a token count for nothing. Computed once for all the data of an update, so that its
-    micro-batches simply add up. Returns (N, T) fp32.
+        combined   half batch, half sequence (the report combines both, without a formula; ours)
+    Responses or groups without a token count for nothing. Computed once for all the data of an
+    update, so that its micro-batches simply add up. Returns (N, T) fp32.
     """
     if mode not in WEIGHT_MODES:
         raise ValueError(f"unknown token weighting {mode!r}; choose from {', '.join(WEIGHT_MODES)}")
     if mask.ndim != 2 or mask.dtype != torch.bool or not mask.any():
         found = f"{int(mask.sum())} in {mask.dtype} {tuple(mask.shape)}"
-        raise ValueError(f"need a bool mask (N, T) with at least one token to train on, found {found}")
+        raise ValueError(f"need a bool mask (N, T) with at least one token, found {found}")
     if mode == "combined":
         return (token_weights(mask, "batch") + token_weights(mask, "sequence")) / 2
     if mode == "group" and (not group_size or group_size < 1 or len(mask) % group_size):
-        raise ValueError(f"mode 'group' needs a group_size that divides the {len(mask)} responses, found {group_size}")
-    rows = {"batch": len(mask), "group": group_size, "sequence": 1}[mode]  # responses that share one token mean
+        raise ValueError(f"a group_size must divide the {len(mask)} responses, found {group_size}")
+    rows = {"batch": len(mask), "group": group_size, "sequence": 1}[mode]  # that share one mean
     shares = mask.double().view(-1, rows * mask.shape[1])
     n_tokens = shares.sum(1, keepdim=True)
     weights = shares / n_tokens.clamp(min=1) / (n_tokens > 0).sum()
@@ -117,127 +169,90 @@ def token_weights(mask, mode="batch", group_size=None):
 # ============================================================================
 
 
-class Algorithm(NamedTuple):
-    """What an algorithm puts into the one formula. With all of them off it is REINFORCE with importance sampling."""
+def policy_loss(logp, old_logp, advantages, weights, recipe=Recipe()):
+    """The policy-gradient loss of one update.
 
-    bounded: bool  # rhat = clip(r, 1 - eps_low, 1 + eps_high) instead of r                        (eq. 5)
-    masked: bool  # M = 0 where A > 0 and r > 1 + clip_high, or A < 0 and r < 1 - clip_low         (eq. 7)
-    symmetric: bool = False  # the mask uses clip_low on both sides
+        loss = - sum weights * sg(rhat * M) * A * logp           rhat and M as the recipe says
 
-
-ALGORITHMS = {
-    "reinforce": Algorithm(bounded=False, masked=False),  # eq. 3
-    "cispo": Algorithm(bounded=True, masked=False),  # eq. 4, 5
-    "unified": Algorithm(bounded=True, masked=True),  # eq. 6, 7
-    "dapo": Algorithm(bounded=False, masked=True),  # gradient of PPO's min form, clipped 0.2 / 0.28
-    "grpo": Algorithm(bounded=False, masked=True, symmetric=True),  # eq. 1, clipped 0.2 / 0.2
-}
-
-
-def weight_range(algo, eps_low=None, eps_high=4.0):
-    """The bounds (low, high) of rhat: (0, inf) where the algorithm has none. Refuses a cap below 1.
-
-    eps_high is relative (eq. 5): the cap is 1 + eps_high. The report never gave its value; 4.0 makes the cap 5 (ours,
-    after ScaleRL's report, which saw no difference between caps 4, 5 and 8).
-    """
-    if algo not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {algo!r}; choose from {', '.join(ALGORITHMS)}")
-    if eps_high is not None and not eps_high >= 0:
-        raise ValueError(f"eps_high {eps_high:g} caps the ratio at {1 + eps_high:g}, below 1; give eps_high >= 0")
-    if eps_low is not None and not eps_low >= 0:
-        raise ValueError(f"eps_low {eps_low:g} bounds the ratio below at {1 - eps_low:g}, above 1; give eps_low >= 0")
-    bounded = ALGORITHMS[algo].bounded
-    low = max(1 - eps_low, 0.0) if bounded and eps_low is not None else 0.0
-    high = 1 + eps_high if bounded and eps_high is not None else float("inf")
-    return low, high
-
-
-def policy_loss(
-    logp, old_logp, advantages, weights, *, algo="cispo", eps_low=None, eps_high=4.0, clip_low=0.2, clip_high=0.28
-):
-    """The policy-gradient loss of one update and what to watch while it trains.
-
-        loss = - sum weights * sg(rhat * M) * A * logp                      rhat and M from ALGORITHMS[algo]
-
-    Its gradient is d J / d logp = weights * rhat * M * A per token; its value says nothing by itself. For "grpo" and
-    "dapo" the gradient is that of PPO's min(r A, clip(r) A).
+    Its gradient is d J / d logp = weights * rhat * M * A per token; its value says nothing by
+    itself. For "grpo" and "dapo" the gradient is that of PPO's min(r A, clip(r) A).
 
     logp       log-probs of the tokens under the model being trained, (N, T), or (T,) when packed
     old_logp   the same before the first update of this rollout, no gradient
-    advantages (N,) for (N, T) tokens, or anything that broadcasts to logp's shape
-    weights    from token_weights; where 0 (prompt, padding, tokens of an environment) the others may hold anything
-    eps_low, eps_high    bounds of rhat, None = no bound;    clip_low, clip_high    trust region of the mask
+    advantages (N,) for (N, T) tokens, or of logp's shape
+    weights    from token_weights; where 0 (prompt, padding) the others may hold anything
 
-    Returns (loss, stats): a scalar in logp's dtype and a dict of floats over the tokens with weight > 0:
-        ratio_mean, ratio_min, ratio_max, weight_clip_frac_high, weight_clip_frac_low (tokens whose weight was bounded),
-        ppo_would_drop_frac (tokens that eq. 7's mask removes, whether or not this algorithm uses it),
-        kl_k1, kl_k3 (estimates of KL(old || new), nats per token), ess (effective sample size, 1 = all ratios equal).
-    Raises ValueError naming the quantity that is not finite where a token counts.
+    Returns (loss, log_ratio, dropped): a scalar in logp's dtype; log r where weights > 0, else 0;
+    bool, the tokens outside the trust region, which masked algorithms drop and others keep. Raises
+    ValueError naming the quantity that is not finite where a token counts.
     """
-    low, high = weight_range(algo, eps_low, eps_high)
-    if not (clip_low >= 0 and clip_high >= 0):
-        raise ValueError(f"the trust region must hold 1: give clip_low, clip_high >= 0, found {clip_low}, {clip_high}")
-    if not logp.shape == old_logp.shape == weights.shape:
-        shapes = f"{tuple(logp.shape)}, {tuple(old_logp.shape)}, {tuple(weights.shape)}"
-        raise ValueError(f"logp, old_logp and weights must share one shape, found {shapes}")
-    if advantages.ndim == 1 and logp.ndim == 2:
-        advantages = advantages[:, None]
-    try:
-        advantages = advantages.to(logp.dtype).expand_as(logp)
-    except RuntimeError:
-        found = f"{tuple(advantages.shape)} for {tuple(logp.shape)}"
-        raise ValueError(f"advantages must be (N,) or broadcast to logp's shape, found {found}") from None
-    if not (weights >= 0).all() or not weights.isfinite().all():
-        raise ValueError("weights must be finite and not negative")
-    trained = weights > 0
-    if not trained.any():
-        raise ValueError("no token has a positive weight: nothing to train on")
-    logp, old_logp, advantages, weights = logp[trained], old_logp[trained], advantages[trained], weights[trained]
-    for name, x in (("logp", logp), ("old_logp", old_logp), ("advantages", advantages)):
-        if not x.isfinite().all():
-            raise ValueError(f"{name} is not finite for {int((~x.isfinite()).sum())} of {x.numel()} trained tokens")
-
-    recipe = ALGORITHMS[algo]
-    log_ratio = logp.detach() - old_logp.detach().to(logp.dtype)
+    if advantages.ndim < logp.ndim:
+        advantages = advantages[:, None].expand(-1, logp.shape[1])
+    advantages, trained = advantages.to(logp.dtype), weights > 0
+    _check(trained, logp=logp, old_logp=old_logp, advantages=advantages, weights=weights)
+    log_ratio = (logp.detach() - old_logp.detach().to(logp.dtype)).masked_fill(~trained, 0.0)
     ratio = log_ratio.exp()
-    dropped = outside_trust_region(ratio, advantages, algo, clip_low, clip_high)
-    factor = ratio.clamp(low, high).masked_fill(dropped & recipe.masked, 0.0)  # rhat * M
+    rises = (advantages > 0) & (ratio > 1 + recipe.part("clip_high"))
+    falls = (advantages < 0) & (ratio < 1 - recipe.part("clip_low"))
+    dropped = (rises | falls) & trained
+    factor = ratio.clamp(*recipe.bounds)  # rhat
+    if recipe.part("masked"):
+        factor = factor.masked_fill(dropped, 0.0)  # rhat * M
     if not factor.isfinite().all():
-        raise ValueError(f"ratio overflows: log-probs moved by up to {log_ratio.max():.1f} nats, unbounded in {algo}")
-    loss = -(weights.to(logp.dtype) * factor * advantages * logp).sum()
+        moved = f"log-probs moved by up to {log_ratio.max():.1f} nats"
+        raise ValueError(f"ratio overflows: {moved}, unbounded in {recipe.algo}")
+    terms = (x[trained] for x in (weights.to(logp.dtype), factor, advantages, logp))
+    return -math.prod(terms).sum(), log_ratio, dropped
 
-    r = ratio.double()
-    share = (log_ratio - log_ratio.max()).double().exp()  # r up to a factor, which the effective sample size ignores
+
+def _check(trained, **tensors):
+    """ValueError unless the tensors share one shape and are finite where a token is trained on."""
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"all must share one shape, found {shapes}")
+    if not (tensors["weights"] >= 0).all() or not trained.any():
+        raise ValueError("weights must be numbers >= 0, and somewhere positive")
+    for name, x in tensors.items():
+        if bad := int((~x[trained].isfinite()).sum()):
+            raise ValueError(f"{name} is not finite for {bad} of {int(trained.sum())} tokens")
+
+
+# ============================================================================
+# 4. What to watch                                           (report sec. 3.2)
+# ============================================================================
+
+
+def statistics(log_ratio, dropped, weights, recipe=Recipe()):
+    """What policy_loss did, as floats over the tokens with weight > 0.
+
+    weight_clip_frac_high, weight_clip_frac_low: tokens whose weight was bounded;
+    ppo_would_drop_frac: `dropped`, whether or not this algorithm drops them; kl_k1, kl_k3:
+    estimates of KL(old || new), nats per token; ess: effective sample size, 1 = equal ratios.
+    """
+    trained, (low, high) = weights > 0, recipe.bounds
+    log_ratio, dropped = log_ratio[trained], dropped[trained]
+    r, k1 = log_ratio.exp().double(), log_ratio.double()
+    share = (log_ratio - log_ratio.max()).double().exp()  # r up to a factor, which cancels below
     measures = {
         "ratio_mean": r.mean(),
         "ratio_min": r.min(),
         "ratio_max": r.max(),
-        "weight_clip_frac_high": (ratio > high).double().mean(),
-        "weight_clip_frac_low": (ratio < low).double().mean(),
+        "weight_clip_frac_high": (r > high).double().mean(),
+        "weight_clip_frac_low": (r < low).double().mean(),
         "ppo_would_drop_frac": dropped.double().mean(),
-        "kl_k1": -log_ratio.double().mean(),
-        "kl_k3": (torch.expm1(log_ratio.double()) - log_ratio.double()).mean(),
+        "kl_k1": -k1.mean(),
+        "kl_k3": (torch.expm1(k1) - k1).mean(),
         "ess": share.sum() ** 2 / (len(share) * (share * share).sum()),
     }
-    return loss, dict(zip(measures, torch.stack(list(measures.values())).tolist()))
-
-
-def outside_trust_region(ratio, advantages, algo="dapo", clip_low=0.2, clip_high=0.28):
-    """Eq. 7: True where PPO's clip would remove the token's gradient (grpo: clip_low on both sides)."""
-    high = clip_low if ALGORITHMS[algo].symmetric else clip_high
-    return ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - clip_low))
-
-
-# ============================================================================
-# 4. Training against rollout                                (report sec. 3.2)
-# ============================================================================
+    return dict(zip(measures, torch.stack(list(measures.values())).tolist()))
 
 
 def prob_correlation(train_logp, infer_logp, mask=None):
-    """Pearson correlation of the probabilities that training mode and rollout give to the same tokens (report Fig. 3).
+    """Pearson correlation of the probabilities that training and rollout give to the same tokens.
 
-    train_logp, infer_logp: one shape; mask: bool of that shape, the tokens to compare (None = all). Returns a float,
-    nan if either side is constant. The report's runs failed at 0.987 and worked at 0.997: an fp32 output head.
+    train_logp, infer_logp: one shape; mask: bool of that shape, the tokens to compare (None = all).
+    Returns a float, nan if either side is constant. The report's runs (Fig. 3) failed at 0.987 and
+    worked at 0.997, with an fp32 output head.
     """
     mask = torch.ones_like(train_logp, dtype=torch.bool) if mask is None else mask
     p, q = train_logp[mask].double().exp(), infer_logp[mask].double().exp()
@@ -253,33 +268,31 @@ def prob_correlation(train_logp, infer_logp, mask=None):
 
 
 def main(argv=None):
-    """Print what every algorithm puts into the formula and the gradient that a token gets from it."""
+    """Print what every algorithm puts into the formula and the gradient that tokens get from it."""
     argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False).parse_args(argv)
-    ratios, signs = torch.tensor([0.5, 1, 1.5, 8], dtype=torch.float64), (1, -1)
-    clip_low, clip_high = (policy_loss.__kwdefaults__[name] for name in ("clip_low", "clip_high"))
-
-    print("loss = - sum w * sg(rhat) * M * A * log pi         r = pi / pi_old\n")
-    print(f"{'algorithm':12}{'rhat':18}M = 0, the token is dropped, where")
-    for algo, recipe in ALGORITHMS.items():
-        low, high = weight_range(algo)
-        rhat = f"clip(r, {low:g}, {high:g})" if recipe.bounded else "r"
-        top, bottom = 1 + (clip_low if recipe.symmetric else clip_high), 1 - clip_low
-        print(f"{algo:12}{rhat:18}" + (f"A > 0, r > {top:g} or A < 0, r < {bottom:g}" if recipe.masked else "never"))
+    r, signs = torch.tensor([0.5, 1, 1.5, 8], dtype=torch.float64), (1, -1)
+    print("loss = - sum w * sg(rhat * M) * A * log pi         r = pi / pi_old\n")
+    print(f"{'algorithm':12}{'rhat':16}{'w':10}M = 0, the token is dropped, where")
+    for algo, parts in ALGORITHMS.items():
+        low, high = Recipe(algo).bounds
+        rhat = "r" if high == INF else f"clip(r, {low:g}, {high:g})"
+        region = f"A > 0, r > {1 + parts.clip_high:g} or A < 0, r < {1 - parts.clip_low:g}"
+        print(f"{algo:12}{rhat:16}{parts.token_weights:10}{region if parts.masked else 'never'}")
 
     print("\nGradient of J = -loss per token, d J / d log pi, by autograd (w = 1)\n")
-    print(f"{'':12}" + "".join(f"{f'r = {r:g}':>16}" for r in ratios.tolist()))
-    print(f"{'':12}" + "".join(f"{f'A = {A:+d}':>8}" for _ in ratios for A in signs))
+    print(f"{'':12}" + "".join(f"{f'r = {x:g}':>16}" for x in r.tolist()))
+    print(f"{'':12}" + "".join(f"{f'A = {A:+d}':>8}" for _ in r for A in signs))
+    logp = r.log()[:, None].expand(-1, 2).clone().requires_grad_()  # pi_old = 1: only r matters
+    one = torch.ones_like(logp)
     for algo in ALGORITHMS:
-        columns = []
-        for A in signs:
-            logp = ratios.log().requires_grad_()  # pi_old = 1: only the ratio matters
-            loss, _ = policy_loss(logp, 0 * ratios, torch.full_like(ratios, A), torch.ones_like(ratios), algo=algo)
-            columns.append((-torch.autograd.grad(loss, logp)[0]).tolist())
-        print(f"{algo:12}" + "".join(f"{round(g, 9) + 0.0:>8g}" for pair in zip(*columns) for g in pair))
+        loss, _, _ = policy_loss(logp, 0 * one, one * torch.tensor(signs), one, Recipe(algo))
+        gradient = -torch.autograd.grad(loss, logp)[0].flatten()
+        print(f"{algo:12}" + "".join(f"{round(g, 9) + 0.0:>8g}" for g in gradient.tolist()))
 
-    print("\nAt r = 1, the first update of a rollout, all agree: one update per rollout could not tell them apart.")
-    print("At r = 8, A = +1 (a rare token, right, now 8 times as likely) unified, dapo and grpo learn nothing more;")
-    print(f"cispo still learns, with the weight {weight_range('cispo')[1]:g} instead of reinforce's 8.")
+    print(
+        "\nAt r = 1, the first update of a rollout, all agree. At r = 8 and A = +1 (a rare token,"
+    )
+    print("right, now 8 times as likely) unified, dapo and grpo learn nothing more; cispo does.")
 
 
 if __name__ == "__main__":

@@ -2,25 +2,26 @@
 
     S_t = lam S_{t-1} + k_t v_t^T        o_t = q_t S_t        lam = exp(-slope), one per head
 
-There is no softmax, no 1/sqrt(K), no rope and no denominator; the current token is not decayed. Because the
-state S has a fixed size, a token costs the same at position 10 and at position 1,000,000.
-Sources: MiniMax-01 report sec. 2.2 (arXiv:2501.08313); "released" = the published MiniMax-M1 modelling code.
+There is no softmax, no 1/sqrt(K), no rope and no denominator; the current token is not decayed. The
+state S has a fixed size, so a token costs the same at position 10 and at position 1,000,000.
+Sources: MiniMax-01 report sec. 2.2 (arXiv:2501.08313); "released" = the published M1 model code.
 
-    1. Decay rates               decay_slopes
-    2. The definition            lightning_recurrent     one token at a time, O(L) but a Python loop
-    3. The readable form         lightning_quadratic     one masked L x L product, as attention is usually drawn
-    4. The fast form             lightning_chunk         both at once: products inside a chunk, a state between chunks
-    5. The kernel                lightning_kernel        the same as one Triton kernel for o, dq, dk and dv
-    6. Generation                lightning_step          one token, state updated in place
-    7. The door                  lightning_attention     checks, packing, choice of form
-    8. See it run                main: `python lightning_attn.py`, error and time of every form, what M1 remembers
+    1. Decay rates        decay_slopes
+    2. The definition     lightning_recurrent  one token at a time, O(L) but a Python loop
+    3. The readable form  lightning_quadratic  one masked L x L product, as attention is often drawn
+    4. The fast form      lightning_chunk      both: products inside a chunk, a state between chunks
+    5. The kernel         lightning_kernel     the same as one Triton kernel for o, dq, dk and dv
+    6. Generation         lightning_step       one token, state updated in place
+    7. The door           lightning_attention  checks, packing, choice of form
+    8. See it run         main                 error and time of every form, what M1 remembers
 
-The kernel without a GPU: TRITON_INTERPRET=1 python lightning_attn.py runs it line by line in Python (slow; pdb works).
-Triton looks for that variable when kernels are defined, so it must be set before this file is imported.
+The kernel without a GPU: TRITON_INTERPRET=1 python lightning_attn.py runs it line by line in Python
+(slow; pdb works). Triton reads that variable when kernels are defined, so before the import.
 
 Dimension key: B batch, L tokens, H heads, K key width, V value width, C chunk, N packed sequences.
-Numerics: states and sums are fp32 (fp64 for fp64 inputs). The PyTorch forms make their decay tables in float64 and
-cast. Only non-negative powers of lam < 1 are formed, so nothing overflows however steep the slope or long the text.
+Numerics: states and sums are fp32 (fp64 for fp64 inputs). The PyTorch forms make their decay tables
+in float64 and cast. Only non-negative powers of lam < 1 are formed, so nothing overflows however
+steep the slope or long the text.
 """
 
 import argparse
@@ -29,9 +30,9 @@ import functools
 import math
 import timeit
 import types
-from typing import Optional, Tuple
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -52,15 +53,14 @@ def decay_slopes(n_heads, layer, n_layers, device="cpu"):
 
         slope_h = 2^(-8 (h+1) / H) * (1 - layer / (n_layers - 1) + 1e-5)
 
-    The first head forgets fastest; later layers forget more slowly. `layer` counts all layers, softmax ones too.
-    When H is no power of two, with c the largest power of two below it: the c slopes of c heads, then every second
-    slope of 2c heads. Returns (H,) fp32. Source: released. (The lightning-attention papers use slopes that are
-    linear in the head index; the released weights do not.)
+    The first head forgets fastest; later layers forget more slowly. `layer` counts all layers,
+    softmax ones too. When H is no power of two, with c the largest power of two below it: the c
+    slopes of c heads, then every second slope of 2c heads. Returns (H,) fp32. Source: released.
+    (In the papers on lightning attention slopes are linear in the head index.)
     """
     if n_heads < 1 or not 0 <= layer < n_layers:
-        raise ValueError(
-            f"decay_slopes needs n_heads >= 1 and 0 <= layer < n_layers, got {n_heads}, {layer}, {n_layers}"
-        )
+        found = f"{n_heads}, {layer}, {n_layers}"
+        raise ValueError(f"decay_slopes needs n_heads >= 1 and 0 <= layer < n_layers, got {found}")
 
     def geometric(n):
         return [2.0 ** (-8 * (h + 1) / n) for h in range(n)]
@@ -72,16 +72,16 @@ def decay_slopes(n_heads, layer, n_layers, device="cpu"):
 
 
 def _accumulator(dtype):
-    """The dtype of states and sums: fp64 for fp64 inputs, otherwise fp32 (a state sums thousands of terms)."""
+    """The dtype of states and sums, of thousands of terms: fp64 for fp64 inputs, otherwise fp32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _forget(slope, n_tokens, dtype):
     """1 - lam^n, shaped (H, 1, 1) to act on a state.
 
-    States are updated as S + (new - forget * S), not as lam * S + new. The two are equal in exact arithmetic, but
-    fp32 holds lam = 1 - 5e-5 (M1's slowest head) only to 1e-8, an error that all tokens share and that grows to 2e-4
-    over that head's memory, whereas it holds 5e-5 to 3e-12.
+    States are updated as S + (new - forget * S), not as lam * S + new. The two are equal in exact
+    arithmetic, but fp32 holds lam = 1 - 5e-5 (M1's slowest head) only to 1e-8, an error that all
+    tokens share and that grows to 2e-4 over that head's memory, whereas it holds 5e-5 to 3e-12.
     """
     return -torch.expm1(-slope.double() * n_tokens).to(dtype)[:, None, None]
 
@@ -97,8 +97,8 @@ def lightning_recurrent(q, k, v, slope, state=None):
         S_t = exp(-slope) S_{t-1} + k_t v_t^T        o_t = q_t S_t
 
     q, k (B, L, H, K), v (B, L, H, V), slope (H,) > 0, state (B, H, K, V) or None for zeros.
-    Returns o (B, L, H, V) in q's dtype and the last state in fp32 (fp64 for fp64 inputs).
-    O(L K V) time and O(K V) memory per head. Every other form in this file is tested against this one.
+    Returns o (B, L, H, V) in q's dtype and the last state in fp32 (fp64 for fp64 inputs). O(L K V)
+    time and O(K V) memory per head. Every other form in this file is tested against this one.
     """
     dtype, acc = q.dtype, _accumulator(q.dtype)
     q, k, v = q.to(acc), k.to(acc), v.to(acc)
@@ -119,7 +119,7 @@ def lightning_recurrent(q, k, v, slope, state=None):
 
 
 def lightning_quadratic(q, k, v, slope, state=None):
-    """The same function as one masked product, for reading: softmax attention with a decay in place of the softmax.
+    """The same function as one masked product, for reading: a decay in place of the softmax.
 
         O = [(Q K^T) * M] V + diag(lam^1 .. lam^L) Q S        M_ij = lam^(i-j) for i >= j, else 0
 
@@ -144,14 +144,14 @@ def lightning_quadratic(q, k, v, slope, state=None):
 
 
 def lightning_chunk(q, k, v, slope, state=None, chunk=64):
-    """The same function chunk by chunk: quadratic inside C tokens, a state carries what is older. Differentiable.
+    """The same function chunk by chunk: quadratic inside C tokens, a state carries what is older.
 
         m tokens r = 1..m of one chunk (m = C, or less in the last one), S the state before it:
         inside   o_r  = sum_{j<=r} lam^(r-j) (q_r . k_j) v_j        one (m, m) product under a mask
         older    o_r += lam^r q_r S
         state    S    = lam^m S + sum_j lam^(m-j) k_j v_j^T
 
-    Arguments and results as in lightning_recurrent. O(L (C + K) V) time per head.
+    Arguments and results as in lightning_recurrent. Differentiable. O(L (C + K) V) time per head.
     """
     dtype, acc = q.dtype, _accumulator(q.dtype)
     q, k, v = (x.to(acc).transpose(1, 2) for x in (q, k, v))  # (B, H, L, .)
@@ -165,7 +165,8 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
     tail = power[:, :C].flip(1)[..., None]  # (H, C, 1): lam^(C-r); its last m rows are lam^(m-j)
 
     o = []
-    chunks = [(q, k, v)] if q.shape[2] == C else zip(*(x.split(C, dim=2) for x in (q, k, v)))  # split costs a copy back
+    whole = q.shape[2] == C  # one chunk: split would cost a copy back
+    chunks = [(q, k, v)] if whole else zip(*(x.split(C, dim=2) for x in (q, k, v)))
     for qc, kc, vc in chunks:
         m = qc.shape[2]
         oc = (qc @ kc.mT * inside[:, :m, :m]) @ vc
@@ -185,15 +186,17 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 #
 # One function gives the output and all three gradients:
 #
-#     scan(a, b, c)_t = sum_{j<=t} lam^(t-j) (a_t . b_j) c_j          and, reversed in time, sum_{j>=t} lam^(j-t) ...
+#     scan(a, b, c)_t = sum_{j<=t} lam^(t-j) (a_t . b_j) c_j         reversed in time: sum_{j>=t}
 #
-#     o = scan(q, k, v)      dq = scan(do, v, k)      dk = reversed scan(v, do, q)      dv = reversed scan(k, q, do)
+#     o = scan(q, k, v)                dq = scan(do, v, k)
+#     dk = reversed scan(v, do, q)     dv = reversed scan(k, q, do)
 #
-# so there is one kernel and it runs four times; backward needs nothing but the inputs. Grid: a program owns one head of
-# one sequence and BV of the V columns of c, and walks along the tokens chunk by chunk. Its state S^T (BV, K) fp32 stays
-# in registers; tiles of a, b and c come in ahead of their use (copy engine, STAGES deep), o goes out, nothing else moves.
-# Where programs are fewer than processors, the length is cut into segments: a first launch computes what each adds to
-# the state, the second begins every segment at the sum of what came before (see _plan).
+# so one kernel runs four times, and backward needs nothing but the inputs. A program owns one head
+# of one sequence and BV of the V columns of c, and walks along the tokens chunk by chunk. Its state
+# S^T (BV, K) fp32 stays in registers; tiles of a, b and c come in ahead of their use (copy engine,
+# STAGES deep), o goes out, nothing else moves. Where programs are fewer than processors, the length
+# is cut into segments: a first launch computes what each adds to the state, the second begins every
+# segment at the sum of what came before (see _plan).
 # u = 0..C-1 counts tokens of a chunk in the direction of the walk; R = 0 (forward) or 1 (reversed):
 #
 #     inside   P^T    = (b a^T) * M          M_ju = lam^(u-j) for j <= u, else 0
@@ -201,42 +204,47 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 #     both     o^T   += c^T P^T
 #     state    S^T    = lam^C S^T + (c lam^(C-1-u+R))^T b
 #
-# R is the only trace of the direction: o_t sees its own token undecayed and the state one step older; in reverse the
-# step lies on the other side. Everything is transposed so that S^T and c^T lam^.. go from the registers where they were
-# made into the next product: written the usual way round, both pass through shared memory once more a chunk.
+# R is the only trace of the direction: o_t sees its own token undecayed and the state one step
+# older; in reverse the step lies on the other side. Everything is transposed so that S^T and c^T
+# lam^.. go from the registers where they were made into the next product: the usual way round, both
+# pass through shared memory once more a chunk.
 #
-# Bytes per token and head (bf16): 2 (2K + 2V), each input once from memory, each output once. a and b are read by V / BV
-# programs at the same time; the L2 cache serves all but the first. FLOPs: 2 C (K + V) + 4 K V, K-products V / BV times.
+# Bytes per token and head (bf16): 2 (2K + 2V), each input once from memory, each output once. a and
+# b are read by V / BV programs at the same time; the L2 cache serves all but the first. FLOPs:
+# 2 C (K + V) + 4 K V, K-products V / BV times. Backward reads three inputs in each of three scans,
+# 9 + 3 tensors where 4 + 3 would do; dk and dv share some of them in the cache.
 #
-# Backward reads three inputs in each of three scans, 9 + 3 tensors where 4 + 3 would do; dk and dv share some of them in
-# the cache.
+# What each idea bought: forward at (B, L, H, D) = (1, 8192, 64, 128) bf16 on an H200, x the time
+# that memory needs (1.24 to 1.29 at the end, from one H200 to another):
 #
-# What each idea bought, measured while writing: forward at (B, L, H, D) = (1, 8192, 64, 128) bf16 on an H200, x the
-# time that memory needs.
 #     pointers, cp.async 4 deep                                           1.56
 #     copy engine, (B, L, H, V) tiles                                     1.50
 #     copy engine, flat (B L, H V) tiles                                  1.39
 #     S^T from the registers, transposed throughout                       1.33
 #     c^T lam^.. from the registers, too (the product of zeros below)     1.26
-# (1.24 to 1.29 from one H200 to another.) What bounds the rest is the chain of products and barriers inside a chunk,
-# not memory: loads and stores alone take 1.03, and reading all from the L2 cache saved 0.02. Two programs to a processor
-# hide each other's waiting: 1.12 at (8, 8192, 64, 128). Where tensors lie matters, too: 32,768 tokens took 1.38 with
-# tensors one after another and 1.64 with 2 MB between them, 65,536 tokens 1.27.
+#
+# The rest is the chain of products and barriers inside a chunk, not memory: loads and stores alone
+# take 1.03, and reading all from the L2 cache saved 0.02. Two programs to a processor hide each
+# other's waiting: 1.12 at (8, 8192, 64, 128). Where tensors lie matters, too: 32,768 tokens took
+# 1.38 with tensors one after another and 1.64 with 2 MB between them, 65,536 tokens 1.27.
 
 
 @_jit
 def _scan_kernel(
-    a, b, c, o, o_ptr, slope, first, last, local, cu_seqlens, L, H, step_a, step_b, step_c, segment, n_segments,
-    state_k, state_v, REVERSE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    FLAT: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    a, b, c, o, o_ptr, slope, first, last, local, cu_seqlens, L, H, step_a, step_b, step_c,
+    segment, n_segments, state_k, state_v, REVERSE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FLAT: tl.constexpr, OUTPUT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """o = scan(a, b, c) of one head, BV columns of c and one segment. a, b (B, L, H, K), c, o (B, L, H, V) descriptors.
+    """o = scan(a, b, c) of one head, BV columns of c and one segment.
 
-    o_ptr: o again, for masked stores. step_*: elements between heads. state_k, state_v: strides of first and last.
-    OUTPUT False: no o, only `local` (N, segments, H, V, K), what each segment adds to the state.
+    a, b (B, L, H, K), c, o (B, L, H, V): descriptors. o_ptr: o again, for masked stores. step_*:
+    elements between heads. state_k, state_v: strides of first and last. OUTPUT False: no o, only
+    `local` (N, segments, H, V, K), what each segment adds to the state.
     """
     pid, n_v = tl.program_id(0), tl.cdiv(V, BV)
-    v0, h, g, n = pid % n_v * BV, pid // n_v % H, pid // (n_v * H) % n_segments, pid // (n_v * H * n_segments)
+    v0, h = pid % n_v * BV, pid // n_v % H
+    g, n = pid // (n_v * H) % n_segments, pid // (n_v * H * n_segments)
     row, start, n_tokens = n, 0, L  # row of the batch, first token in it
     if cu_seqlens is not None:
         row, start = 0, tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int32), 0), L)
@@ -257,7 +265,7 @@ def _scan_kernel(
     mask = tl.where(gap >= 0, tl.exp2(-rate2 * tl.maximum(gap, 0)), 0.0)  # (j, u)
     read = tl.exp2(-rate2 * (u + 1 - REVERSE))[None, :]
     write = tl.exp2(-rate2 * (C - 1 - u + REVERSE))[None, :]
-    if FLAT:  # a product of zeros lays the table out as the tensor cores hold c^T lam^..: no trip to shared memory
+    if FLAT:  # adding zeros lays it out as tensor cores hold c^T lam^..: no trip to shared memory
         write += tl.dot(tl.zeros([BV, C], dtype=tl.bfloat16), tl.zeros([C, C], dtype=tl.bfloat16))
     forget = _forget_kernel(rate, C)
 
@@ -275,7 +283,7 @@ def _scan_kernel(
                 added = local + ((n * n_segments + j) * H + h).to(tl.int64) * K * V
                 S += tl.load(added + vs * K + ks, mask=inside, other=0.0) - forget_segment * S
 
-    # The first chunk takes what whole chunks leave over, m < C tokens; the other rows of its tile count as zeros.
+    # The first chunk takes what whole chunks leave over, m < C tokens; other rows count as zeros.
     m = m_segment % C
     if m > 0:
         t = start + tl.where(REVERSE, n_tokens - C - begin, begin)
@@ -320,7 +328,8 @@ def _scan_kernel(
 def _chunk(S, a, b, c, mask, read, write, forget, OUTPUT: tl.constexpr, PRECISION: tl.constexpr):
     """One chunk: S^T (BV, K) after it and, if OUTPUT, o^T (BV, C), from a, b (C, K) and c (C, BV).
 
-    With y before p nothing spills and a forward gains 2 %, but forward + backward at (8, 8192, 64, 128) loses 7 %.
+    With y before p nothing spills and a forward gains 2 %, but forward + backward at
+    (8, 8192, 64, 128) loses 7 %.
     """
     ct = tl.trans(c)
     y = ct  # for want of an output
@@ -336,7 +345,7 @@ def _chunk(S, a, b, c, mask, read, write, forget, OUTPUT: tl.constexpr, PRECISIO
 
 @_jit
 def _tile(x, row, t, h, column, L, step, C: tl.constexpr, W: tl.constexpr, FLAT: tl.constexpr):
-    """(C, W) tile: tokens t .. t + C - 1 of one head, through the copy engine; zeros outside of the tensor."""
+    """(C, W) tile: tokens t .. t + C - 1 of one head, by the copy engine; zeros outside of x."""
     if FLAT:
         return x.load([row * L + t, h * step + column])
     else:
@@ -349,11 +358,14 @@ def _forget_kernel(rate, n_tokens):
     return (1 - tl.exp(-rate.to(tl.float64) * n_tokens)).to(tl.float32)
 
 
-def _scan(a, b, c, o, slope, first=None, last=None, cu_seqlens=None, *, reverse=False, flip=False, **choice):
-    """Launch the kernel: fills o (B, L, H, V), contiguous, and `last`, if given, with the state behind the last token.
+def _scan(
+    a, b, c, o, slope, first=None, last=None, cu_seqlens=None, *, reverse=False, flip=False, **plan
+):
+    """Launch the kernel: fills o, contiguous, and `last`, if given, with the state at the end.
 
-    a, b (B, L, H, K), c (B, L, H, V); first, last (N, H, K, V) fp32, or (N, H, V, K) with `flip`: dq and dk are scans
-    with K and V exchanged, whose state is the transpose. `choice` goes to _plan.
+    a, b (B, L, H, K), c, o (B, L, H, V); first, last (N, H, K, V) fp32, or (N, H, V, K) with
+    `flip`: dq and dk are scans with K and V exchanged, whose state is the transpose. `plan`: for
+    _plan.
     """
     B, L, H, K = a.shape
     V = c.shape[-1]
@@ -363,8 +375,9 @@ def _scan(a, b, c, o, slope, first=None, last=None, cu_seqlens=None, *, reverse=
             last.zero_() if first is None else last.copy_(first)
         return
 
-    a, b, c = (x if _copy_engine_reads(x) else x.clone(memory_format=torch.contiguous_format) for x in (a, b, c))
-    C, BK, BV, n_segments, flat, stages, warps = _plan(N, a, b, c, **choice)
+    packed = torch.contiguous_format
+    a, b, c = (x if _copy_engine_reads(x) else x.clone(memory_format=packed) for x in (a, b, c))
+    C, BK, BV, n_segments, flat, stages, warps = _plan(N, a, b, c, **plan)
     segment = triton.cdiv(triton.cdiv(L, n_segments), C) * C
     n_segments = triton.cdiv(L, segment)
     local = None
@@ -377,27 +390,30 @@ def _scan(a, b, c, o, slope, first=None, last=None, cu_seqlens=None, *, reverse=
             return TensorDescriptor(x, shape, [x.stride(1), 1], [C, width])
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, C, 1, width])
 
-    precision = "tf32x3" if a.dtype == torch.float32 else "tf32"  # for fp32 only: 1e-6 instead of 3e-4
+    tensors = tiles(a, BK), tiles(b, BK), tiles(c, BV), tiles(o, BV), o, slope, first, last, local
+    state_steps = (1, K) if flip else (V, 1)
+    sizes = L, H, a.stride(2), b.stride(2), c.stride(2), segment, n_segments, *state_steps
+    precision = "tf32x3" if a.dtype == torch.float32 else "tf32"  # in fp32 1e-6 instead of 3e-4
     grid = (N * n_segments * H * triton.cdiv(V, BV),)
     for output in (True,) if local is None else (False, True):
+        fixed = reverse, K, V, BK, BV, C, flat, output, precision, stages
         with torch.cuda.device_of(a):
-            _scan_kernel[grid](
-                tiles(a, BK), tiles(b, BK), tiles(c, BV), tiles(o, BV), o, slope, first, last, local, cu_seqlens,
-                L, H, a.stride(2), b.stride(2), c.stride(2), segment, n_segments, 1 if flip else V, K if flip else 1,
-                reverse, K, V, BK, BV, C, flat, output, precision, stages, num_warps=warps,
-            )  # fmt: skip
+            _scan_kernel[grid](*tensors, cu_seqlens, *sizes, *fixed, num_warps=warps)
 
 
-def _plan(N, a, b, c, *, alone=None, C=None, BV=None, n_segments=None, flat=None, stages=None, warps=None):
-    """Block sizes and the like for N sequences: fixed rules, from a sweep on an H200 (bench.py kernel --sweep).
+def _plan(
+    N, a, b, c, *, alone=None, C=None, BV=None, n_segments=None, flat=None, stages=None, warps=None
+):
+    """Block sizes and the like for N sequences: fixed rules, from a sweep on an H200.
 
-    C = 64 rows are what a matrix instruction takes. BV = 64: two programs to a head of width 128, so 64 heads fill 128
-    of 132 processors. Where that is all there is (`alone`: at most one program to a processor), tiles are cut from a
-    flat (B L, H V) view, 4 deep (5 gains up to 2 %, or loses it). Where two programs share a processor, as dk and dv
-    also do, running beside each other, (B, L, H, V) tiles 3 deep are better: two programs with flat ones do not fit.
+    C = 64 rows are what a matrix instruction takes. BV = 64: two programs to a head of width 128,
+    so 64 heads fill 128 of 132 processors. Where that is all there is (`alone`: at most one program
+    to a processor), tiles are cut from a flat (B L, H V) view, 4 deep (5 gains up to 2 %, or loses
+    it). Where two programs share a processor, as dk and dv also do, running beside each other,
+    (B, L, H, V) tiles 3 deep are better: two programs with flat ones do not fit.
 
-    Segments: as many as fill the GPU. They read b and c once more, 2 (K + V) bytes per token and head on top of
-    2 (2K + 2V).
+    Segments: as many as fill the GPU. They read b and c once more, 2 (K + V) bytes per token and
+    head on top of 2 (2K + 2V).
     """
     B, L, H, K = a.shape
     V = c.shape[-1]
@@ -405,7 +421,8 @@ def _plan(N, a, b, c, *, alone=None, C=None, BV=None, n_segments=None, flat=None
     BK, BV = triton.next_power_of_2(K), BV or min(64, triton.next_power_of_2(V))
     if C is None:
         C = 64
-        while a.dtype == torch.float32 and C * (2 * BK + BV) > 12 * 1024:  # 48 KB: tf32x3 keeps copies beside a tile
+        # 48 KB in fp32: tf32x3 keeps copies beside a tile
+        while a.dtype == torch.float32 and C * (2 * BK + BV) > 12 * 1024:
             C //= 2
     n_programs = N * H * triton.cdiv(V, BV)
     if n_segments is None:
@@ -424,12 +441,13 @@ def _plan(N, a, b, c, *, alone=None, C=None, BV=None, n_segments=None, flat=None
 
 
 def _copy_engine_reads(x):
-    """Whether tiles of x can be loaded as they lie: 16-byte steps, positive strides, elements of a head together."""
+    """Whether tiles of x can be loaded as they lie: positive 16-byte steps, a head in one piece."""
     steps = [n * x.element_size() for n in x.stride()[:-1]]
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n > 0 and n % 16 == 0 for n in steps)
+    aligned = x.data_ptr() % 16 == 0 and all(n > 0 and n % 16 == 0 for n in steps)
+    return aligned and x.stride(-1) == 1
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _gpu(device):
     """Number of processors and bytes of shared memory a program may use."""
     if device.type != "cuda":  # interpreted
@@ -443,37 +461,52 @@ def _gpu(device):
 
 @torch.library.custom_op("minimax_m1::lightning", mutates_args=())
 def _lightning_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor, state: Optional[torch.Tensor],
-    cu_seqlens: Optional[torch.Tensor],
-) -> Tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    n = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    last = torch.empty((n, q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32, device=q.device)
-    o = _empty_like(v)
+    q: Tensor, k: Tensor, v: Tensor, slope: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    o, last = _outputs(q, v, cu_seqlens)
     _scan(q, k, v, o, slope, state, last, cu_seqlens)
     return o, last
 
 
 @torch.library.custom_op("minimax_m1::lightning_backward", mutates_args=())
 def _lightning_backward_op(
-    do: torch.Tensor, dlast: Optional[torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    slope: torch.Tensor, state: Optional[torch.Tensor], cu_seqlens: Optional[torch.Tensor],
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
-    dstate = q.new_empty(0) if state is None else torch.empty_like(state)
+    do: Tensor,
+    dlast: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slope: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dstate = _gradients(q, k, v, state)
+    last = None if state is None else dstate
     _scan(do, v, k, dq, slope, state, None, cu_seqlens, flip=True)
-    with _beside(q.device):  # dk and dv at the same time: they share the reads of do and q in the L2 cache
+    with _beside(q.device):  # dk beside dv: they share the reads of do and q in the L2 cache
         _scan(v, do, q, dk, slope, dlast, None, cu_seqlens, reverse=True, flip=True, alone=False)
-    _scan(k, q, do, dv, slope, dlast, None if state is None else dstate, cu_seqlens, reverse=True, alone=False)
+    _scan(k, q, do, dv, slope, dlast, last, cu_seqlens, reverse=True, alone=False)
     if q.is_cuda:
         torch.cuda.current_stream(q.device).wait_stream(_side_stream(q.device))
     return dq, dk, dv, dstate
+
+
+def _outputs(q, v, cu_seqlens):
+    """Room for the output and the last state."""
+    n = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    return _empty_like(v), q.new_empty((n, *q.shape[2:], v.shape[3]), dtype=torch.float32)
+
+
+def _gradients(q, k, v, state):
+    """Room for the gradients; an operator must return a tensor also where there was no state."""
+    dstate = q.new_empty(0) if state is None else torch.empty_like(state)
+    return _empty_like(q), _empty_like(k), _empty_like(v), dstate
 
 
 def _empty_like(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _side_stream(device):
     return torch.cuda.Stream(device)
 
@@ -491,15 +524,12 @@ def _beside(device):
 
 @_lightning_op.register_fake
 def _(q, k, v, slope, state, cu_seqlens):
-    n = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    last = q.new_empty((n, q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
-    return _empty_like(v), last
+    return _outputs(q, v, cu_seqlens)
 
 
 @_lightning_backward_op.register_fake
 def _(do, dlast, q, k, v, slope, state, cu_seqlens):
-    dstate = q.new_empty(0) if state is None else torch.empty_like(state)
-    return _empty_like(q), _empty_like(k), _empty_like(v), dstate
+    return _gradients(q, k, v, state)
 
 
 def _save_inputs(ctx, inputs, output):
@@ -519,13 +549,14 @@ _lightning_op.register_autograd(_backward, setup_context=_save_inputs)
 
 
 def lightning_kernel(q, k, v, slope, state=None, cu_seqlens=None):
-    """The same function as one GPU kernel, see above. Differentiable once; deterministic; any length.
+    """The same function as one GPU kernel, see above.
 
-    Arguments and results as in lightning_attention; bf16, fp16 or fp32, head sizes that are multiples of 16 from 16 to
-    256 (fp32: to 128). Strided views (of a fused qkv tensor, say) are read in place. States, sums and decays are fp32;
-    factors of matrix products have q's dtype (fp32: three tf32 products each), so in fp16 a state must stay below 65,504.
-    cu_seqlens on a GPU is read there, without waiting for it: boundaries outside of [0, L] are clamped, and tokens that
-    belong to no sequence get undefined outputs.
+    Differentiable once; deterministic; any length. Arguments and results as in lightning_attention;
+    bf16, fp16 or fp32, head sizes that are multiples of 16 from 16 to 256 (fp32: to 128). Strided
+    views (of a fused qkv tensor, say) are read in place. States, sums and decays are fp32; factors
+    of matrix products have q's dtype (fp32: three tf32 products each), so in fp16 a state must stay
+    below 65,504. cu_seqlens on a GPU is read there, without waiting for it: boundaries outside of
+    [0, L] are clamped, and tokens that belong to no sequence get undefined outputs.
     """
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device)
     state = None if state is None else state.contiguous()
@@ -535,16 +566,19 @@ def lightning_kernel(q, k, v, slope, state=None, cu_seqlens=None):
 def why_no_kernel(q, v):
     """One line on why the kernel cannot serve q and v, or "" if it can."""
     if triton is None:
-        return "Triton is not installed (pip install triton, on Linux); the PyTorch forms work everywhere"
+        needs = "pip install triton, on Linux"
+        return f"Triton is not installed ({needs}); the PyTorch forms work everywhere"
     if not q.is_cuda and isinstance(_scan_kernel, triton.JITFunction):
-        return f"the tensors are on {q.device}; Triton needs a GPU, or TRITON_INTERPRET=1 set before the start"
+        needs = "Triton needs a GPU, or TRITON_INTERPRET=1 set before the start"
+        return f"the tensors are on {q.device}; {needs}"
     if not q.is_cuda and q.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bf16 wrongly (3.9); take fp32 or fp16"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it takes bf16, fp16 or fp32, found {q.dtype}"
     most = 128 if q.dtype == torch.float32 else 256  # wider ones in fp32 crashed or lost to PyTorch
-    if any(n % 16 or not 16 <= n <= most for n in (q.shape[-1], v.shape[-1])):
-        return f"head sizes must be multiples of 16 from 16 to {most}, found K = {q.shape[-1]}, V = {v.shape[-1]}"
+    K, V = q.shape[-1], v.shape[-1]
+    if any(n % 16 or not 16 <= n <= most for n in (K, V)):
+        return f"head sizes must be multiples of 16 from 16 to {most}, found K = {K}, V = {V}"
     return ""
 
 
@@ -552,14 +586,15 @@ def choose_impl(q, v):
     """What impl="auto" runs for tensors like q and v, and why: ("triton" | "chunk", a line)."""
     if not q.is_cuda:
         return "chunk", "PyTorch, the fastest form on a CPU"
-    reason = why_no_kernel(q, v)
-    return ("chunk", f"PyTorch: {reason}") if reason else ("triton", "one kernel for outputs and gradients")
+    if reason := why_no_kernel(q, v):
+        return "chunk", f"PyTorch: {reason}"
+    return "triton", "one kernel for outputs and gradients"
 
 
 def _use_kernel(impl, q, v):
     """Whether the kernel runs; ValueError if it was asked for by name and cannot."""
-    if impl == "triton" and why_no_kernel(q, v):
-        raise ValueError(f'impl="triton": {why_no_kernel(q, v)}')
+    if impl == "triton" and (reason := why_no_kernel(q, v)):
+        raise ValueError(f'impl="triton": {reason}')
     return impl == "triton" or (impl == "auto" and choose_impl(q, v)[0] == "triton")
 
 
@@ -572,22 +607,25 @@ def _use_kernel(impl, q, v):
 def lightning_step(q, k, v, slope, state, impl="auto"):
     """One token: updates `state` in place and returns its output. Not differentiable.
 
-    q, k (B, H, K), v (B, H, V), slope (H,), state (B, H, K, V) fp32 (fp64 for fp64 inputs). Returns o (B, H, V) in
-    q's dtype. Reads and writes the state once: 8 K V bytes per head and sequence, whatever the position. On a GPU this
-    is one launch, which a CUDA graph can hold. impl: "torch" (below), "triton" (the kernel; the state must be
-    contiguous), or "auto" = "triton" on a GPU where it can.
+    q, k (B, H, K), v (B, H, V), slope (H,), state (B, H, K, V) fp32 (fp64 for fp64 inputs). Returns
+    o (B, H, V) in q's dtype. Reads and writes the state once: 8 K V bytes per head and sequence,
+    whatever the position. On a GPU this is one launch, which a CUDA graph can hold. impl: "torch"
+    (below), "triton" (the kernel; needs a contiguous state), or "auto" = the kernel where it can.
     """
     acc = _accumulator(q.dtype)
-    if q.ndim != 3 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1] or slope.shape != q.shape[1:2]:
+    fit = k.shape == q.shape and v.shape[:-1] == q.shape[:-1] and slope.shape == q.shape[1:2]
+    if q.ndim != 3 or not fit:
         found = ", ".join(str(tuple(x.shape)) for x in (q, k, v, slope))
         raise ValueError(f"q and k must be (B, H, K), v (B, H, V) and slope (H,), found {found}")
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl must be auto, torch or triton, found {impl!r}")
     if impl == "triton" and not state.is_contiguous():
-        raise ValueError('impl="triton" needs a contiguous state; call state.contiguous() or take impl="auto"')
+        instead = 'call state.contiguous() or take impl="auto"'
+        raise ValueError(f'impl="triton" needs a contiguous state; {instead}')
     expected = (*q.shape, v.shape[-1])
     if state.dtype != acc or state.shape != expected:
-        raise ValueError(f"the state must be {acc} of shape {expected}, found {state.dtype} {tuple(state.shape)}")
+        found = f"{state.dtype} {tuple(state.shape)}"
+        raise ValueError(f"the state must be {acc} of shape {expected}, found {found}")
     if _use_kernel(impl, q, v) and state.is_contiguous():
         return _step_op(q, k, v, slope.float().contiguous(), state)
     kv = k.to(acc)[..., :, None] * v.to(acc)[..., None, :]
@@ -597,10 +635,25 @@ def lightning_step(q, k, v, slope, state, impl="auto"):
 
 @_jit
 def _step_kernel(
-    q, k, v, o, slope, state, H, q_row, k_row, v_row, q_head, k_head, v_head, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """One token of one head, BV columns: the tile of the state is read, used and written; nothing else is large."""
+    q,
+    k,
+    v,
+    o,
+    slope,
+    state,
+    H,
+    q_row,
+    k_row,
+    v_row,
+    q_head,
+    k_head,
+    v_head,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """One token of one head, BV columns: the tile of the state is read, used and written."""
     n_v = tl.cdiv(V, BV)
     pid, v0 = tl.program_id(0) // n_v, tl.program_id(0) % n_v * BV
     n, h = (pid // H).to(tl.int64), pid % H
@@ -613,13 +666,12 @@ def _step_kernel(
     v = tl.load(v + n * v_row + h * v_head + vs, mask=vs < V, other=0.0).to(tl.float32)
     S += k[:, None] * v[None, :] - _forget_kernel(tl.load(slope + h), 1) * S
     tl.store(tile, S, mask=inside)
-    tl.store(o + pid.to(tl.int64) * V + vs, tl.sum(q[:, None] * S, 0).to(o.dtype.element_ty), mask=vs < V)
+    y = tl.sum(q[:, None] * S, 0).to(o.dtype.element_ty)
+    tl.store(o + pid.to(tl.int64) * V + vs, y, mask=vs < V)
 
 
 @torch.library.custom_op("minimax_m1::lightning_step", mutates_args={"state"})
-def _step_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor, state: torch.Tensor
-) -> torch.Tensor:
+def _step_op(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, state: Tensor) -> Tensor:
     B, H, K = q.shape
     V = v.shape[-1]
     o = torch.empty((B, H, V), dtype=q.dtype, device=q.device)
@@ -642,18 +694,18 @@ def _(q, k, v, slope, state):
 # 7. The door
 # ============================================================================
 
-FORMS = {"recurrent": lightning_recurrent, "quadratic": lightning_quadratic, "chunk": lightning_chunk}
+FORMS = dict(recurrent=lightning_recurrent, quadratic=lightning_quadratic, chunk=lightning_chunk)
 IMPLS = ("auto", *FORMS, "triton")
 
 
 def lightning_attention(q, k, v, slope, state=None, *, cu_seqlens=None, impl="auto"):
     """Lightning attention over whole sequences, in the form named by `impl`.
 
-    q, k (B, L, H, K), v (B, L, H, V) of one floating dtype; slope (H,) > 0; state (B, H, K, V) fp32 (fp64 for fp64
-    inputs) or None for zeros. cu_seqlens (N + 1,) int packs N sequences along L: it holds their boundaries from 0 to
-    L, B is 1, and states are (N, H, K, V).
-    impl: "recurrent" (the definition), "quadratic" (for reading), "chunk" (PyTorch), "triton" (the kernel), or "auto" =
-    the kernel where it can serve a GPU (why_no_kernel), else "chunk".
+    q, k (B, L, H, K), v (B, L, H, V) of one floating dtype; slope (H,) > 0; state (B, H, K, V) fp32
+    (fp64 for fp64 inputs) or None for zeros. cu_seqlens (N + 1,) int packs N sequences along L: it
+    holds their boundaries from 0 to L, B is 1, and states are (N, H, K, V).
+    impl: "recurrent" (the definition), "quadratic" (for reading), "chunk" (PyTorch), "triton" (the
+    kernel), or "auto" = the kernel where it can serve a GPU (why_no_kernel), else "chunk".
     Returns o (B, L, H, V) in q's dtype and the last state. Differentiable in q, k, v and state.
     Raises ValueError for shapes, dtypes or boundaries that do not fit together.
     """
@@ -666,8 +718,9 @@ def lightning_attention(q, k, v, slope, state=None, *, cu_seqlens=None, impl="au
             check_boundaries(cu_seqlens, q.shape[:2])
         _check_state(state, q, v, n)
         return lightning_kernel(q, k, v, slope, state, cu_seqlens)
+    form = FORMS["chunk" if impl == "auto" else impl]
     with torch.autocast(q.device.type, enabled=False):  # sums stay fp32
-        return _run_form(FORMS["chunk" if impl == "auto" else impl], q, k, v, slope, state, cu_seqlens)
+        return _run_form(form, q, k, v, slope, state, cu_seqlens)
 
 
 def _run_form(form, q, k, v, slope, state, cu_seqlens):
@@ -692,29 +745,29 @@ def _check_inputs(q, k, v, slope):
         found = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q and k must be (B, L, H, K) and v (B, L, H, V), found {found}")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must share one floating dtype, found {q.dtype}, {k.dtype}, {v.dtype}")
+        found = f"{q.dtype}, {k.dtype}, {v.dtype}"
+        raise ValueError(f"q, k and v must share one floating dtype, found {found}")
     if slope.shape != (q.shape[2],):
-        raise ValueError(
-            f"slope must have one entry for each of the {q.shape[2]} heads, found shape {tuple(slope.shape)}"
-        )
+        found = f"heads, found shape {tuple(slope.shape)}"
+        raise ValueError(f"slope must have one entry for each of the {q.shape[2]} {found}")
 
 
 def _check_state(state, q, v, n):
-    expected = (n, q.shape[2], q.shape[3], v.shape[3])
-    if state is not None and (state.shape != expected or state.dtype != _accumulator(q.dtype)):
-        raise ValueError(
-            f"state must be {_accumulator(q.dtype)} of shape {expected}, found {state.dtype} {tuple(state.shape)}"
-        )
+    expected, dtype = (n, q.shape[2], q.shape[3], v.shape[3]), _accumulator(q.dtype)
+    if state is not None and (state.shape != expected or state.dtype != dtype):
+        found = f"{state.dtype} {tuple(state.shape)}"
+        raise ValueError(f"state must be {dtype} of shape {expected}, found {found}")
 
 
 def check_boundaries(cu_seqlens, shape):
-    """cu_seqlens (N + 1,) as a list; ValueError unless it packs sequences of a batch of shape (1, L).
+    """cu_seqlens (N + 1,) as a list; ValueError unless it packs sequences of a (1, L) batch.
 
     Boundaries on a GPU are not looked at, as that would wait for it: None.
     """
     B, L = shape
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
-        raise ValueError(f"cu_seqlens must be (N + 1,) integers, found {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+        found = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"cu_seqlens must be (N + 1,) integers, found {found}")
     if B != 1:
         raise ValueError(f"cu_seqlens packs sequences along L, so the batch must be 1, found {B}")
     if cu_seqlens.is_cuda:
@@ -750,25 +803,29 @@ def main(argv=None):
         forms["triton"] = lightning_kernel
     print(f"{H} heads of width {K}, fp32, one CPU thread; errors against the definition in fp64\n")
     print(f"{'':12}{'relative error':>30}{'microseconds per token':>29}")
-    print(f"{'L =':12}" + "".join(f"{L:10,}" for L in lengths) + "  " + "".join(f"{L:9,}" for L in lengths))
+    columns = ("".join(f"{L:{width},}" for L in lengths) for width in (10, 9))
+    print(f"{'L =':12}" + "  ".join(columns))
     for name, form in forms.items():
         errors = times = ""
         for L, qkv, truth in zip(lengths, inputs, truths):
             o, _ = form(*qkv, slope)
             errors += f"{(o - truth).norm() / truth.norm():10.1e}"
-            times += f"{1e6 / L * timeit.timeit(lambda: form(*qkv, slope), number=1):9.1f}"
+            seconds = timeit.timeit(functools.partial(form, *qkv, slope), number=1)
+            times += f"{1e6 / L * seconds:9.1f}"
         print(f"{name:12}{errors}  {times}")
     torch.set_num_threads(n_threads)
-    print("\nquadratic: the longer the text the dearer a token, O(L^2) in all; elsewhere always the same, O(L).")
+    print("\nquadratic: the longer the text the dearer a token, O(L^2) in all;", end=" ")
+    print("elsewhere always the same, O(L).")
 
     heads, layers = 64, 80  # M1 (released); every eighth layer is softmax attention
-    lightning = [l for l in range(layers) if (l + 1) % 8]
+    lightning = [layer for layer in range(layers) if (layer + 1) % 8]
     print(f"\nHalf-life of the memory in M1, {heads} heads, {layers} layers, in tokens\n")
     print("layer   fastest head   slowest head")
-    for l in (lightning[0], lightning[len(lightning) // 2], lightning[-1]):
-        fast, slow = (math.log(2) / s for s in decay_slopes(heads, l, layers)[[0, -1]].tolist())
-        print(f"{l:5}   {fast:12.2g}   {slow:12,.0f}")
-    print(f"\nOf a token 1,000,000 back the slowest head keeps 2^-{1e6 / slow:.0f}: only softmax layers read that far.")
+    for layer in (lightning[0], lightning[len(lightning) // 2], lightning[-1]):
+        fast, slow = (math.log(2) / s for s in decay_slopes(heads, layer, layers)[[0, -1]].tolist())
+        print(f"{layer:5}   {fast:12.2g}   {slow:12,.0f}")
+    kept = f"2^-{1e6 / slow:.0f}: only softmax layers read that far."
+    print(f"\nOf a token 1,000,000 back the slowest head keeps {kept}")
 
 
 if __name__ == "__main__":

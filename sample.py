@@ -1,102 +1,106 @@
-"""Text to tokens to model and back: tokenizers, the generation engine that RL uses too, chat, and a command line.
+"""Text to tokens to model and back: tokenizers, the generation engine that RL uses too, chat.
 
     python sample.py --model runs/tiny-cispo-001 --prompt "+314204="       one request
-    python sample.py --model DIR                                           on a terminal: a chat, its history kept
+    python sample.py --model DIR          on a terminal: a chat, its history kept
 
     1. Tokenizer         Tokenizer, m1_encoding
-    2. Generation        sample_tokens, generate, Rollout
+    2. Generation        Rollout, Sampling, Request, sample_tokens, generate
     3. Chat              chat_prompt, parse_tool_calls, Chat
-    4. Command line
+    4. Command line      Flags, stream, judged, talk, main
 
-Dimension key: P prompts, G responses per prompt, N = P * G responses, T response tokens, W vocabulary.
+Dimension key: P prompts, G responses per prompt, N = P * G responses, T tokens, W vocabulary.
 """
 
+from __future__ import annotations
+
 import codecs
+import contextlib
 import json
+import random
 import re
 import sys
 import time
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import tiktoken
-import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from model import M1Config, check_flags, checkpoint_dir, command_line, flag, load_pretrained, parse_flags, read_json
+import tasks
+from cli import checkpoint, command_line, parse, ranges, torch, unflat
+from cli import model as m1
 
 # ============================================================================
 # 1. Tokenizer
 # ============================================================================
 
 SPECIALS = (
-    "<pad>", "<end_of_sentence>", "<beginning_of_sentence>", "<begin_of_document>", "<end_of_document>",
-    "<think>", "</think>", "<tools>", "</tools>", "<tool_calls>", "</tool_calls>",
-    "<reserved_0>", "<reserved_1>", "<reserved_2>", "<reserved_3>", "<reserved_4>",
-)  # fmt: skip
+    "<pad> <end_of_sentence> <beginning_of_sentence> <begin_of_document> <end_of_document> "
+    "<think> </think> <tools> </tools> <tool_calls> </tool_calls> "
+    "<reserved_0> <reserved_1> <reserved_2> <reserved_3> <reserved_4>"
+).split()
 
 M1_SPECIALS = {
     "<beginning_of_sentence>": 200019,
-    "<end_of_sentence>": 200020,  # released; the other three are inferred from a sibling model's table
+    "<end_of_sentence>": 200020,  # released; the others are inferred from a sibling model's table
     "<end_of_document>": 200021,
     "<begin_of_document>": 200034,
 }
 
 # how M1's text is cut before merging: o200k's pattern (inferred from M1's tokens)
-SPLIT = "|".join((
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
-))  # fmt: skip
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+START, END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+SPLIT = (
+    f"{START}{UPPER}*{LOWER}+{END}|{START}{UPPER}+{LOWER}*{END}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class Tokenizer:
     """Text <-> token ids, around a tiktoken.Encoding. special: {name: id}."""
 
     def __init__(self, encoding):
-        self.encoding = encoding
-        self.special = encoding._special_tokens
+        self.encoding, self.special = encoding, encoding._special_tokens
         self.eos_id = self.special["<end_of_sentence>"]
-        self.pad_id = self.special.get("<pad>", self.eos_id)  # M1 has none; padding is masked, so any id would do
-        self.think_end_id = self.special.get("</think>")  # None for M1, which spells it with ordinary tokens
+        self.pad_id = self.special.get("<pad>", self.eos_id)  # M1 has none: any id would do
+        self.think_end_id = self.special.get("</think>")  # None for M1: it takes several tokens
 
     @classmethod
     def byte(cls):
         """256 bytes and 16 special tokens of M1's chat format: 272 ids, nothing to download."""
         ranks = {bytes([i]): i for i in range(256)}
         special = {name: 256 + i for i, name in enumerate(SPECIALS)}
-        return cls(tiktoken.Encoding("byte", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special))
+        made = dict(pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
+        return cls(tiktoken.Encoding("byte", **made))
 
     @classmethod
     def of(cls, config, path=None):
-        """The tokenizer that a model's config names: "byte", or "m1", read from the model's directory `path`."""
+        """What a model's config names: "byte", or "m1", read from the model's directory `path`."""
         if config.tokenizer == "byte":
             return cls.byte()
         if config.tokenizer != "m1":
-            raise ValueError(f"config: unknown tokenizer {config.tokenizer!r}; choose from byte, m1")
+            raise ValueError(f"unknown tokenizer {config.tokenizer!r}; choose from byte, m1")
         if path is None:
-            raise ValueError("the 'm1' tokenizer is read from the model's directory; only 'byte' models do without one")
-        return cls(m1_encoding(path, config.vocab_size))
+            raise ValueError("the 'm1' tokenizer is read from the model's directory: pass its path")
+        return cls(m1_encoding(Path(path), config.vocab_size))
 
     def encode(self, text, specials=False):
-        """Token ids of a text. Special tokens spelled out in it stay plain text unless specials=True: a user's text
-        must not be able to end a turn.
-        """
+        """Token ids of a text; special tokens that it spells stay text unless specials=True."""
         if specials:
             return self.encoding.encode(text, allowed_special="all")
         return self.encoding.encode_ordinary(text)
+
+    def encode_chat(self, pieces):
+        """Token ids of chat_pieces: what a user wrote cannot spell the token that ends a turn."""
+        return [i for special, text in pieces for i in (self.special[special], *self.encode(text))]
 
     def decode(self, ids):
         """The text of token ids; invalid UTF-8 becomes U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, i):
-        """The bytes of one token; U+FFFD for an id that the model has and the tokenizer lacks (M1 has some)."""
+        """The bytes of one token; U+FFFD for an id that only the model has (M1 has some)."""
         try:
             return self.encoding.decode_single_token_bytes(i)
         except KeyError:
@@ -106,54 +110,48 @@ class Tokenizer:
         """The token ids that generate needs, by its names for them."""
         return dict(eos_id=self.eos_id, pad_id=self.pad_id, think_end_id=self.think_end_id)
 
-    def encode_chat(self, pieces):
-        """Token ids of chat_pieces: special tokens by id, all other text as ordinary text, whatever it spells."""
-        return [i for special, text in pieces for i in (self.special[special], *self.encode(text))]
 
+def m1_encoding(folder, vocab_size):
+    """Byte-level BPE from the tokenizer.json of a published directory, or else its merges.txt.
 
-def m1_encoding(path, vocab_size):
-    """The tokenizer of a published directory: byte-level BPE from its tokenizer.json, or else its merges.txt.
-
-    tokenizer.json gives every id. merges.txt leaves them to M1's rule: byte b has id b, the merge of rank r (from 0)
-    id 256 + r, special tokens M1_SPECIALS. tiktoken joins the pair whose result has the smallest id, so ids must rise
-    with rank. ValueError if a file is missing, malformed, or does not fit a model of vocab_size tokens.
+    tokenizer.json gives every id. merges.txt leaves them to M1's rule: byte b has id b, the merge
+    of rank r (from 0) id 256 + r, special tokens M1_SPECIALS. tiktoken joins the pair whose result
+    has the smallest id, so ids must rise with rank. ValueError if a file is missing, malformed, or
+    does not fit a model of vocab_size tokens.
     """
-    files = [file for name in ("tokenizer.json", "merges.txt") if (file := Path(path) / name).is_file()]
-    if not files:
-        raise ValueError(f"{path} has no tokenizer: put the published model's tokenizer.json or merges.txt there")
-    byte_of = {letter: b for b, letter in enumerate(byte_letters())}
+    files = [folder / name for name in ("tokenizer.json", "merges.txt")]
+    file = next(filter(Path.is_file, files), None)
+    if file is None:
+        raise ValueError(f"{folder} has no tokenizer: put its tokenizer.json or merges.txt there")
+    byte_of, special = {letter: b for b, letter in enumerate(byte_letters())}, dict(M1_SPECIALS)
     try:
-        if files[0].suffix == ".json":
-            stored = read_json(files[0])
+        if file.suffix == ".json":
+            stored = m1.read_json(file)
             vocab, merges = stored["model"]["vocab"], stored["model"]["merges"]
-            merged = [a + b for a, b in (m.split(" ") if isinstance(m, str) else m for m in merges)]
-            added = {token["content"]: token["id"] for token in stored.get("added_tokens", ())}
+            special |= {name: vocab[name] for name in special if name in vocab}
+            special |= {token["content"]: token["id"] for token in stored.get("added_tokens", ())}
         else:
-            lines = files[0].read_text(encoding="utf-8").split("\n")
-            lines = lines[lines[0].startswith("#version") :]
-            merged = [a + b for a, b in (line.split(" ") for line in lines if line)]
-            vocab, added = {token: i for i, token in enumerate((*byte_of, *merged))}, {}
-
-        ranks = {bytes(byte_of[letter] for letter in token): vocab[token] for token in (*byte_of, *merged)}
-        rising = [vocab[token] for token in merged]
-        special = {**M1_SPECIALS, **{name: vocab[name] for name in M1_SPECIALS if name in vocab}, **added}
-        ids = [*ranks.values(), *special.values()]
+            lines = file.read_text(encoding="utf-8").split("\n")
+            vocab, merges = None, filter(None, lines[lines[0].startswith("#version") :])
+        merged = [a + b for a, b in (m.split(" ") if isinstance(m, str) else m for m in merges)]
+        tokens = [*byte_of, *merged]
+        if vocab is None:
+            vocab = {token: i for i, token in enumerate(tokens)}
+        ranks = {bytes(byte_of[letter] for letter in token): vocab[token] for token in tokens}
+        ids, rising = [*ranks.values(), *special.values()], [vocab[token] for token in merged]
         if rising != sorted(rising) or len(set(ids)) < len(ids):
             raise ValueError("ids must be distinct and rise from merge to merge")
         if max(ids) >= vocab_size:
             raise ValueError(f"it has ids up to {max(ids)}, the model a vocabulary of {vocab_size}")
         return tiktoken.Encoding("m1", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
     except KeyError as error:
-        raise ValueError(f"{files[0]} is not a byte-level BPE: it lacks {error}") from None
+        raise ValueError(f"{file} is not a byte-level BPE: it lacks {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{files[0]} cannot be this model's tokenizer: {error}") from None
+        raise ValueError(f"{file} cannot be this model's tokenizer: {error}") from None
 
 
 def byte_letters():
-    """The 256 letters that stand for bytes in published vocabularies (GPT-2's map), as a list.
-
-    A printable byte is its own Latin-1 letter; the others, in order, are U+0100, U+0101, ... (a space is U+0120).
-    """
+    """GPT-2's 256 letters for bytes: a printable byte's is its own, the others' U+0100 and on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(b if b in printable else next(others)) for b in range(256)]
@@ -168,18 +166,79 @@ class Rollout(NamedTuple):
     """N responses, those of a prompt contiguous, padded on the right to the longest."""
 
     tokens: torch.Tensor  # (N, T) int64
-    logp: torch.Tensor  # (N, T) fp32: log-prob of each token under the distribution it was drawn from
-    mask: torch.Tensor  # (N, T) bool: tokens that the model drew, so neither padding nor a </think> set by the budget
+    logp: torch.Tensor  # (N, T) fp32: under the distribution that each token was drawn from
+    mask: torch.Tensor  # (N, T) bool: drawn by the model, so no padding, no </think> of the budget
     lengths: torch.Tensor  # (N,) int64: tokens of each response, the end token included
-    ended: list  # N of "eos", "length" (max_new_tokens), "context" (of a chat), "repetition", "budget" (then eos)
+    ended: list  # N of ENDED: why; or "context", in a full Chat
     seconds: float = 0.0  # that generating took
 
 
-def sample_tokens(logits, temperature, top_p, generator):
-    """Draw one token per row of logits (N, W); returns tokens (N,) and their log-probs under what was sampled from.
+ENDED = ("length", "eos", "repetition", "budget")  # budget: closed its thinking, then eos
+LENGTH, EOS, REPETITION, BUDGET = range(4)
 
-    Temperature first, then the smallest set of tokens with probability >= top_p, renormalised. Temperature 0 is
-    greedy: the distribution is a single token and the log-prob 0.
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn in RL and when they end: arguments of generate."""
+
+    temperature: float = 1.0
+    """of rollouts, and of the log-probs that are trained on"""
+    max_new_tokens: int | None = None
+    """longest response in tokens; None = longest right one + 6"""
+    repetition_stop: int = 3000
+    """tokens in a row of p > 0.99 that end a response; 0 = off (report sec. 3.2)"""
+
+    def __post_init__(self):
+        ranges(self, temperature=(0.01, 100), max_new_tokens=(1, 10**7), repetition_stop=(0, 10**7))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What generate is asked for: its arguments beside the prompts."""
+
+    max_new_tokens: int  # the longest response
+    eos_id: int  # ends a response
+    seed: int  # the same seed on the same machine gives the same responses
+    group_size: int = 1  # responses to each prompt
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # draw from the likeliest tokens that hold it
+    pad_id: int = 0
+    think_end_id: int | None = None  # </think>
+    think_budget: int | None = None  # unclosed thinking gets think_end_id after so many tokens
+    repetition_stop: int = 3000  # a loop ends after so many tokens of p > 0.99 in a row; 0 = never
+
+    def __post_init__(self):
+        ranges(self, max_new_tokens=(1, inf), group_size=(1, inf), temperature=(0, inf))
+        ranges(self, top_p=(1e-9, 1), think_budget=(0, inf), repetition_stop=(0, inf))
+        if 0 < self.temperature < 0.01:
+            raise ValueError(f"need temperature 0 or >= 0.01, found {self.temperature}")
+        if self.think_budget is not None and self.think_end_id is None:
+            raise ValueError("think_budget needs think_end_id")
+
+    def check(self, model, prompts, cache):
+        """ValueError for prompts that the model, or the conversation in the cache, cannot take."""
+        if not prompts or min(map(len, prompts)) == 0:
+            raise ValueError("need at least one prompt, each of at least one token")
+        W, limit = model.config.vocab_size, model.config.max_position_embeddings
+        bad = [i for p in prompts for i in p if not 0 <= i < W]
+        if bad:
+            raise ValueError(f"token id {bad[0]} is outside the model's vocabulary of {W}")
+        room = f"model's {limit}"
+        if cache is not None:
+            if len(prompts) * self.group_size != 1:
+                raise ValueError(f"a cache continues one conversation, found {len(prompts)}")
+            limit = min(limit, cache.max_len) - int(cache.position)
+            room = f"{limit} that are left in the cache"
+        longest, new = max(map(len, prompts)), self.max_new_tokens
+        if longest + new > limit:
+            raise ValueError(f"a prompt of {longest} tokens plus {new} new ones exceeds the {room}")
+
+
+def sample_tokens(logits, temperature, top_p, generator):
+    """Draw a token per row of logits (N, W): tokens (N,), log-probs under what they are drawn from.
+
+    Temperature first, then the smallest set of tokens with probability >= top_p, renormalised.
+    Temperature 0 is greedy: the distribution is a single token and the log-prob 0.
     """
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))
@@ -188,125 +247,92 @@ def sample_tokens(logits, temperature, top_p, generator):
         ordered, order = logp.exp().sort(-1, descending=True)
         outside = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays inside
         logp = logp.masked_fill(outside.scatter(-1, order, outside), -torch.inf).log_softmax(-1)
-    cdf = logp.exp().cumsum(-1, dtype=torch.float64)  # one random number a row, where torch.multinomial draws W of them
+    cdf = logp.exp().cumsum(-1, dtype=torch.float64)  # one draw a row; torch.multinomial makes W
     u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device, generator=generator)
     token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=logp.shape[-1] - 1)
     drawn = logp.gather(-1, token)[:, 0]
     if not drawn.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged or its training diverged")
+        raise ValueError("the model's logits are not finite: its weights are damaged or diverged")
     return token[:, 0], drawn
 
 
 def left_pad(sequences, pad_id, device):
-    """Lists or 1-D tensors of ids -> tokens (B, L) int64, padded on the left, and mask (B, L) bool, True = real."""
+    """Lists of ids -> tokens (B, L) int64, padded on the left, and mask (B, L), True = real."""
     sequences = [torch.as_tensor(s, dtype=torch.int64) for s in sequences]
-    tokens = pad_sequence(sequences, batch_first=True, padding_value=pad_id, padding_side="left")
+    pad = torch.nn.utils.rnn.pad_sequence
+    tokens = pad(sequences, batch_first=True, padding_value=pad_id, padding_side="left")
     lengths = torch.tensor([len(s) for s in sequences])
     mask = torch.arange(tokens.shape[1]) >= tokens.shape[1] - lengths[:, None]
     return tokens.to(device), mask.to(device)
 
 
-@torch.no_grad()
-def generate(
-    model, prompts, *, group_size=1, max_new_tokens, temperature=1.0, top_p=1.0, eos_id, seed, pad_id=0,
-    think_end_id=None, think_budget=None, repetition_stop=3000, on_tokens=None, cache=None,
-):  # fmt: skip
-    """group_size responses to every prompt (a list of token ids each). Returns a Rollout on the model's device.
-
-    Prompts are padded on the left and read once; the responses of a group start from copies of their prompt's cache.
-    Rows that have ended are dropped from the batch once they are a quarter of it. A response ends
-      - with eos_id, or after max_new_tokens;
-      - after repetition_stop tokens in a row of probability > 0.99 each: it is looping (report sec. 3.2 uses 3,000).
-    think_budget (needs think_end_id): a response that has not closed its thinking by itself after that many tokens
-    gets think_end_id in place of the next one, and answers from there.
-    on_tokens(responses, tokens): called after each step with the numbers and the new tokens of the running responses.
-    cache: that of one conversation so far. The one prompt is what comes next; the cache then holds it and the response,
-    but for the response's last token, which no step has read.
-    The same seed on the same machine gives the same responses.
-    """
-    _check_request(model, prompts, group_size, max_new_tokens, temperature, top_p, think_budget, think_end_id, cache)
-    start, device, generator = time.perf_counter(), model.device, torch.Generator(model.device).manual_seed(seed)
-    tokens, mask = left_pad(prompts, pad_id, device)
-    cache = cache or model.new_cache(len(prompts), tokens.shape[1] + max_new_tokens)
+def _read_prompts(model, prompts, ask, cache):
+    """Read each prompt once: the cache and logits (N, W) of N responses, the prompt of each."""
+    tokens, mask = left_pad(prompts, ask.pad_id, model.device)
+    cache = cache or model.new_cache(len(prompts), tokens.shape[1] + ask.max_new_tokens)
     logits = model(tokens, mask=mask, cache=cache, last_only=True)[:, 0]
-    N = len(prompts) * group_size
-    group = torch.arange(N, device=device) // group_size
-    if group_size > 1:
+    group = torch.arange(len(prompts) * ask.group_size, device=model.device) // ask.group_size
+    if ask.group_size > 1:
         cache, logits = cache.select(group), logits[group]
+    return cache, logits, group
 
-    tokens = torch.full((N, max_new_tokens), pad_id, device=device)
-    logp = torch.zeros(N, max_new_tokens, device=device)
-    drawn = torch.zeros(N, max_new_tokens, dtype=torch.bool, device=device)
+
+def generate(model, prompts, *, on_tokens=None, cache=None, **request):
+    """Responses to prompts (lists of token ids), as a Rollout. request: the fields of Request.
+
+    Prompts are padded on the left and read once; a group starts from copies of its prompt's cache.
+    Rows that have ended leave the batch once they are a quarter of it. on_tokens(responses, tokens)
+    is called after each step with the numbers and new tokens of those that still run. cache: that
+    of one conversation so far. The one prompt is what comes next, and the cache then holds it and
+    the response but for the response's last token, which no step has read.
+    """
+    ask, start, device = Request(**request), time.perf_counter(), model.device
+    ask.check(model, prompts, cache)
+    N, T = len(prompts) * ask.group_size, ask.max_new_tokens
+    stop, generator = ask.repetition_stop or inf, torch.Generator(device).manual_seed(ask.seed)
+    cache, logits, group = _read_prompts(model, prompts, ask, cache)
+    tokens = torch.full((N, T), ask.pad_id, device=device)
+    logps = torch.zeros(N, T, device=device)
+    drawn = torch.zeros(N, T, dtype=torch.bool, device=device)
     lengths, cause = torch.zeros(2, N, dtype=torch.int64, device=device)
-    cut = torch.zeros(N, dtype=torch.bool, device=device)  # thinking closed by the budget
 
     row = torch.arange(N, device=device)  # the response that each row of the cache belongs to
-    alive = torch.ones_like(row, dtype=torch.bool)
-    streak = torch.zeros_like(row)
-    thinking = torch.tensor([p[-1] != think_end_id for p in prompts], device=device)[group]
-    for t in range(max_new_tokens):
-        token, token_logp = sample_tokens(logits, temperature, top_p, generator)
-        forced = alive & thinking & (token != think_end_id) & (t == think_budget)
-        if t == think_budget:
-            token = token.masked_fill(forced, think_end_id)
-            cut[row] |= forced
-        tokens[row, t] = token.where(alive, pad_id)
-        logp[row, t] = token_logp.float().masked_fill(forced | ~alive, 0.0)
+    alive, streak = torch.ones_like(row, dtype=torch.bool), torch.zeros_like(row)
+    thinking = torch.tensor([p[-1] != ask.think_end_id for p in prompts], device=device)[group]
+    for t in range(T):
+        token, logp = sample_tokens(logits, ask.temperature, ask.top_p, generator)
+        forced = alive & thinking & (token != ask.think_end_id) & (t == ask.think_budget)
+        if t == ask.think_budget:
+            token = token.masked_fill(forced, ask.think_end_id)
+        tokens[row, t] = token.where(alive, ask.pad_id)
+        logps[row, t] = logp.float().masked_fill(forced | ~alive, 0.0)
         drawn[row, t] = alive & ~forced
         lengths[row] += alive
         if on_tokens:
             on_tokens(row[alive], token[alive])
 
-        thinking &= token != think_end_id
-        if repetition_stop <= max_new_tokens:
+        thinking &= token != ask.think_end_id
+        if stop <= T:
             sure = logits.softmax(-1).gather(1, token[:, None])[:, 0] > 0.99
             streak = (streak + 1) * sure
-        code = torch.where(token == eos_id, EOS, torch.where(streak >= repetition_stop, REPETITION, LENGTH))
+        looped = torch.where(streak >= stop, REPETITION, LENGTH)
+        code = torch.where(token == ask.eos_id, EOS, looped)
         cause[row] = torch.where(alive, code, cause[row])
         alive &= code == LENGTH
         n_alive = int(alive.sum())
-        if n_alive == 0 or t + 1 == max_new_tokens:
+        if n_alive == 0 or t + 1 == T:
             break
         if n_alive <= 0.75 * len(row):
             keep = alive.nonzero()[:, 0]
-            row, alive, thinking, streak, token = (x[keep] for x in (row, alive, thinking, streak, token))
+            kept = (x[keep] for x in (row, alive, thinking, streak, token))
+            row, alive, thinking, streak, token = kept
             cache = cache.select(keep)
         logits = model(token[:, None], cache=cache)[:, 0]
 
-    cause[cut & (cause == EOS)] = BUDGET
+    cause[(cause == EOS) & (drawn.sum(1) < lengths)] = BUDGET
     ended = [ENDED[c] for c in cause.tolist()]
-    tokens, logp, drawn = (x[:, : t + 1] for x in (tokens, logp, drawn))
-    return Rollout(tokens, logp, drawn, lengths, ended, time.perf_counter() - start)
-
-
-ENDED = ("length", "eos", "repetition", "budget")
-LENGTH, EOS, REPETITION, BUDGET = range(4)
-
-
-def _check_request(model, prompts, group_size, max_new_tokens, temperature, top_p, think_budget, think_end_id, cache):
-    if not prompts or min(len(p) for p in prompts) == 0:
-        raise ValueError("need at least one prompt, each of at least one token")
-    W, limit = model.config.vocab_size, model.config.max_position_embeddings
-    bad = [i for p in prompts for i in p if not 0 <= i < W]
-    if bad:
-        raise ValueError(f"token id {bad[0]} in a prompt is outside the model's vocabulary of {W}")
-    for name, value, least in (("group_size", group_size, 1), ("max_new_tokens", max_new_tokens, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, found {value}")
-    longest, room = max(len(p) for p in prompts), f"model's {limit}"
-    if cache is not None:
-        if len(prompts) * group_size != 1:
-            raise ValueError(f"a cache continues one conversation, found {len(prompts)} prompts x {group_size}")
-        limit = min(limit, cache.max_len) - int(cache.position)
-        room = f"{limit} that are left in the cache"
-    if longest + max_new_tokens > limit:
-        raise ValueError(
-            f"a prompt of {longest} tokens plus {max_new_tokens} new ones exceeds the {room}; shorten either"
-        )
-    if not (temperature == 0 or temperature >= 0.01) or not 0 < top_p <= 1:
-        raise ValueError(f"need temperature 0 or >= 0.01, and 0 < top_p <= 1; found {temperature} and {top_p}")
-    if think_budget is not None and (think_budget < 0 or think_end_id is None):
-        raise ValueError(f"think_budget must be >= 0 and needs think_end_id, found {think_budget} and {think_end_id}")
+    tokens, logps, drawn = (x[:, : t + 1] for x in (tokens, logps, drawn))
+    return Rollout(tokens, logps, drawn, lengths, ended, time.perf_counter() - start)
 
 
 # ============================================================================
@@ -319,32 +345,36 @@ You are provided with these tools:
 {tools}
 </tools>
 
-If you need to call tools, please respond with <tool_calls></tool_calls> XML tags, and provide tool-name and \
-json-object of arguments, following the format below:
+If you need to call tools, please respond with <tool_calls></tool_calls> XML tags, and provide \
+tool-name and json-object of arguments, following the format below:
 <tool_calls>
 {{"name": <tool-name-1>, "arguments": <args-json-object-1>}}
 ...
 </tool_calls>"""
 
-
 HEADERS = {
-    "system": "system ai_setting=assistant", "tools": "system tool_setting=tools", "user": "user name=user",
-    "assistant": "ai name=assistant", "tool": "tool name=tools",
-}  # fmt: skip
+    "system": "system ai_setting=assistant",
+    "tools": "system tool_setting=tools",
+    "user": "user name=user",
+    "assistant": "ai name=assistant",
+    "tool": "tool name=tools",
+}
+END_OF_TURN = ("<end_of_sentence>", "\n")
 
 
 def chat_prompt(messages, tools=None):
-    """The text that M1 continues: a conversation in its chat template, open for the assistant's next turn.
+    """The text that M1 continues: a conversation, open for the assistant's next turn.
 
-    messages: {"role": "system", "user" or "assistant", "content": text}, or results of tools: {"role": "tool",
-    "content": [{"name": ..., "text": ...}, ...]}. System messages are joined and come first, then tools (a list of
-    JSON objects with name, description, parameters), then the turns; an assistant's with all that it thought.
+    messages: {"role": "system", "user" or "assistant", "content": text}, or results of tools:
+    {"role": "tool", "content": [{"name": ..., "text": ...}, ...]}. System messages are joined and
+    come first, then tools (a list of JSON objects with name, description, parameters), then the
+    turns; an assistant's with all that it thought.
     """
     return "".join(special + text for special, text in chat_pieces(messages, tools))
 
 
 def chat_pieces(messages, tools=None):
-    """chat_prompt as pairs, a special token and the text that follows it: what Tokenizer.encode_chat takes."""
+    """chat_prompt as pairs, a special token and the text that follows it."""
     system = "".join(m["content"] for m in messages if m["role"] == "system")
     turns = [("system", system)] if system else []
     if tools:
@@ -354,22 +384,23 @@ def chat_pieces(messages, tools=None):
         if role not in ("user", "assistant", "tool"):
             raise ValueError(f"unknown role {role!r}; choose from system, user, assistant, tool")
         if role == "tool":
-            content = "".join(f"tool name: {r['name']}\ntool result: {r['text']}\n\n" for r in content)
+            results = (f"tool name: {r['name']}\ntool result: {r['text']}\n\n" for r in content)
+            content = "".join(results)
         turns.append((role, content))
 
     pieces = [("<begin_of_document>", "")]
     for role, content in turns:
-        pieces += [("<beginning_of_sentence>", f"{HEADERS[role]}\n{content}"), ("<end_of_sentence>", "\n")]
+        pieces += [("<beginning_of_sentence>", f"{HEADERS[role]}\n{content}"), END_OF_TURN]
     return [*pieces, ("<beginning_of_sentence>", f"{HEADERS['assistant']}\n")]
 
 
 def parse_tool_calls(text):
-    """The calls in a response, [{"name": ..., "arguments": {...}}, ...]; none without a <tool_calls> block.
+    """The calls in a response: [{"name": ..., "arguments": {...}}, ...].
 
-    One JSON object per line. A block inside the thinking is no call. ValueError names the line that is malformed.
+    One JSON object per line of a <tool_calls> block after the thinking; ValueError names a bad one.
     """
-    calls = []
-    for block, end in re.findall(r"<tool_calls>(.*?)(</tool_calls>|\Z)", text.rpartition("</think>")[2], re.DOTALL):
+    calls, answer = [], text.rpartition("</think>")[2]
+    for block, end in re.findall(r"<tool_calls>(.*?)(</tool_calls>|\Z)", answer, re.DOTALL):
         if not end:
             raise ValueError("the response ended inside its <tool_calls> block")
         for line in filter(None, map(str.strip, block.split("\n"))):
@@ -379,16 +410,17 @@ def parse_tool_calls(text):
             except (ValueError, KeyError, TypeError, RecursionError):
                 name = arguments = None
             if not isinstance(name, str) or not isinstance(arguments, dict):
-                raise ValueError(f'a tool call is one line {{"name": ..., "arguments": {{...}}}}, found {line!r}')
+                need = 'a tool call is one line {"name": ..., "arguments": {...}}'
+                raise ValueError(f"{need}, found {line!r}")
             calls.append({"name": name, "arguments": arguments})
     return calls
 
 
 class Chat:
-    """A conversation whose history stays in the cache: a turn costs its own tokens, however long the history.
+    """A conversation whose history stays in the cache: a turn costs its own tokens only.
 
-    After every reply the cache is what one pass over self.tokens leaves: all turns, the last one closed. It is one row
-    of at most `context` tokens.
+    After every reply the cache is what one pass over self.tokens leaves: all turns, the last one
+    closed. It is one row of at most `context` tokens.
     """
 
     def __init__(self, model, tokenizer, *, system="", tools=None, context=32_768):
@@ -405,25 +437,25 @@ class Chat:
     def reply(self, content, role="user", *, max_new_tokens, **request):
         """Answer a user's text, or tools' results (role "tool"). Returns the Rollout of the answer.
 
-        request: further arguments of generate. An answer is cut where the context is full; if not even one token of it
-        would fit: ValueError, and the conversation is as before.
+        request: more fields of Request. An answer is cut where the context is full; if not even one
+        token of it would fit: ValueError, and the conversation is as before.
         """
         message = {"role": role, "content": content}
-        opened = chat_pieces([message])[1:] if self.tokens else chat_pieces([*self.opening, message], self.tools)
-        new, close = map(self.tokenizer.encode_chat, (opened, [("<end_of_sentence>", "\n")]))
-        room = self.cache.max_len - len(self.tokens) - len(new) - len(close)
+        opened = chat_pieces([message])[1:]
+        if not self.tokens:
+            opened = chat_pieces([*self.opening, message], self.tools)
+        new, close = map(self.tokenizer.encode_chat, (opened, [END_OF_TURN]))
+        most, used = self.cache.max_len, len(self.tokens)
+        room = most - used - len(new) - len(close)
         if room < 1:
-            raise ValueError(
-                f"the context of {self.cache.max_len} tokens is full: {len(self.tokens)} are used, this turn takes "
-                f"{len(new)} more; /reset the chat earlier or start it with a larger --context"
-            )
-        request = dict(max_new_tokens=min(max_new_tokens, room), cache=self.cache, **self.tokenizer.ids(), **request)
+            why = f"{used} are used, this turn takes {len(new)} more; /reset or raise --context"
+            raise ValueError(f"the context of {most} tokens is full: {why}")
+        request |= dict(max_new_tokens=min(max_new_tokens, room), **self.tokenizer.ids())
         try:
-            rollout = generate(self.model, [new], **request)
+            rollout = generate(self.model, [new], cache=self.cache, **request)
             answer = rollout.tokens[0].tolist()
             unread = close if answer[-1] == close[0] else [answer[-1], *close]
-            with torch.no_grad():
-                self.model(torch.tensor([unread], device=self.model.device), cache=self.cache, last_only=True)
+            self.model(torch.tensor([unread], device=self.model.device), cache=self.cache)
         except BaseException:  # interrupted half-way, the cache is no conversation any more
             self.reset()
             raise
@@ -441,55 +473,95 @@ class Chat:
 class Flags:
     """What to generate from, and how."""
 
-    model: str = flag(None, "a run of train_rl (runs/NAME) or a directory in the published layout", "model")
-    device: str = flag("auto", "cpu, cuda, or auto: a GPU if there is one", "model")
-    prompt: str = flag(None, "the text to answer, e.g. +314204=; without it, a terminal starts a chat", "request")
-    n: int = flag(1, "how many responses to the prompt", "request", at_least=1)
-    max_new_tokens: int = flag(256, "longest response, in tokens", "request", at_least=1)
-    think_budget: int = flag(None, "close the thinking after this many tokens", "request", at_least=0)
-    temperature: float = flag(1.0, "0 is greedy; the report recommends 1.0 with top-p 0.95", "request", at_least=0)
-    top_p: float = flag(0.95, "sample from the likeliest tokens that hold it", "request", above=0, at_most=1)
-    seed: int = flag(0, "same seed, same responses", "request", at_least=0)
-    system: str = flag(None, "system prompt of a chat model", "chat")
-    tools: str = flag(None, "JSON file: a list of tools with name, description, parameters", "chat")
-    context: int = flag(32_768, "longest conversation, in tokens (memory is taken at once)", "chat", at_least=1)
+    model: str | None = None
+    """a run of train_rl (runs/NAME) or a directory in the published layout"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = a GPU if there is one"""
+    prompt: str | None = None
+    """the text to answer, e.g. +314204=; without it, a terminal starts a chat"""
+    n: int = 1
+    """how many responses to the prompt"""
+    max_new_tokens: int = 256
+    """longest response, in tokens"""
+    think_budget: int | None = None
+    """close the thinking after this many tokens"""
+    temperature: float = 1.0
+    """0 is greedy; the report recommends 1.0 with top-p 0.95"""
+    top_p: float = 0.95
+    """sample from the likeliest tokens that hold it"""
+    seed: int = 0
+    """same seed, same responses"""
+    system: str | None = None
+    """system prompt of a chat model"""
+    tools: str | None = None
+    """JSON file for a chat model: a list of tools with name, description, parameters"""
+    context: int = 32_768
+    """longest conversation of a chat model, in tokens (memory is taken at once)"""
 
     def __post_init__(self):
-        check_flags(self)
+        ranges(self, n=(1, 10**6), max_new_tokens=(1, 10**7), think_budget=(0, 10**7))
+        ranges(self, temperature=(0, 100), top_p=(1e-6, 1), seed=(0, 2**62), context=(1, 10**7))
 
 
 def pick_device(name):
-    """ "auto" -> cuda if there is one, else cpu. ValueError for a device this machine does not have."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    if name not in ("cpu", "cuda"):
+    """The device that --device names; ValueError for one that this machine does not have."""
+    if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"unknown device {name!r}; choose from auto, cpu, cuda")
-    return name
+    if name != "cpu" and torch.cuda.is_available():
+        return "cuda"
+    if name == "cuda":
+        raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    return "cpu"
 
 
 def read_tools(path):
     """The tools of a JSON file: a list of objects, each with a name."""
-    tools = read_json(Path(path)) if Path(path).is_file() else None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) and "name" in tool for tool in tools):
-        raise ValueError(f"--tools {path}: need a JSON list of tools, each with name, description and parameters")
+    tools = m1.read_json(Path(path)) if Path(path).is_file() else None
+    if not isinstance(tools, list) or not all(isinstance(t, dict) and "name" in t for t in tools):
+        raise ValueError(f"--tools {path}: need a JSON list of tools, each with a name at least")
     return tools
 
 
-def stream(tokenizer, answer, *args, **request):
-    """Print the response that answer(*args, on_tokens=..., **request) generates as it grows; returns its text."""
-    text, said = codecs.getincrementaldecoder("utf-8")("replace"), []  # a character may take several tokens
+def run_problems(folder):
+    """The tasks.Mix that a checkpoint's run learnt; None without a run, or with tasks not here."""
+    file = Path(folder).parent / "run.json"
+    flags = m1.read_json(file).get("flags", {}) if file.is_file() else {}
+    if flags.get("max_moves"):  # moves rose during the run
+        least = flags.get("min_moves") or flags["moves"]
+        flags |= {"min_moves": least, "moves": flags["max_moves"]}
+    problems = unflat(tasks.Mix, flags)
+    return problems if flags and set(problems.names) <= set(tasks.TASKS) else None
 
-    def show(_, tokens):
+
+def judged(problems, prompt, text, ended):
+    """What a run's own problems say about a response: right, wrong, or that nobody asked that."""
+    problem = problems.solve(prompt)
+    if problem is None:
+        return f"no problem of {problems.task} that tasks.py can solve; this run learnt no other"
+    right = tasks.score(problem, text, ended).correct
+    verdict = "right" if right else f"wrong: the answer is {problem.answer}"
+    moves, least, most = len(problem.chain), problems.min_moves or problems.moves, problems.moves
+    if not least <= moves <= most:
+        learnt = f"{least} to {most}" if least < most else most
+        verdict += f"; it has {moves} moves, this run learnt problems of {learnt} moves only"
+    return verdict
+
+
+def stream(tokenizer, answer, problems, content, role, **request):
+    """Print a response as it grows, and what a run's problems say about it. Returns its text."""
+    decoder, said = codecs.getincrementaldecoder("utf-8")("replace"), []
+
+    def show(_, tokens):  # one character may take several
         if int(tokens[0]) != tokenizer.eos_id:
-            said.append(text.decode(tokenizer.token_bytes(int(tokens[0]))))
+            said.append(decoder.decode(tokenizer.token_bytes(int(tokens[0]))))
             print(said[-1], end="", flush=True)
 
-    rollout = answer(*args, on_tokens=show, **request)
-    print(text.decode(b"", final=True), end="")
-    print(f"   [{int(rollout.lengths[0])} tokens, ended by {rollout.ended[0]}]")
-    return "".join(said)
+    rollout = answer(content, role, on_tokens=show, **request)
+    print(decoder.decode(b"", final=True), end="")
+    text, ended = "".join(said), rollout.ended[0]
+    verdict = judged(problems, content, text, ended in ("eos", "budget")) if problems else ""
+    print(f"   [{int(rollout.lengths[0])} tokens, ended by {ended}]  {verdict}".rstrip())
+    return text
 
 
 def typed(prompt):
@@ -501,65 +573,71 @@ def typed(prompt):
     return line
 
 
-def talk(tokenizer, answer, request, chat=None):
-    """Answer what is typed, in a chat or line by line. When a chat's model calls tools, their results are typed."""
-    kind = f"chat of {chat.cache.max_len:,} tokens; /reset empties it" if chat else "each line is a problem, no history"
+def talk(tokenizer, answer, request, chat, problems):
+    """Answer what is typed, in a chat or line by line. Results of a chat's tool calls are typed."""
+    kind = "each line is a problem, no history"
+    if chat:
+        kind = f"chat of {chat.cache.max_len:,} tokens; /reset empties it"
     print(f"{kind}; /exit or Ctrl-D leaves")
+    if problems:
+        with contextlib.suppress(ValueError):  # of easy problems there may be too few
+            drawn = problems.draw(random.Random(), max(3, len(problems.names)), held_out=True)
+            print("problems of this run:", "  ".join(problem.prompt for problem in drawn))
     calls = []
-    try:
-        while True:
+    while True:
+        try:
             lines = [typed(f"result of {json.dumps(call)}> ") for call in calls] or [typed("> ")]
-            if chat and "/reset" in lines:
-                chat.reset()
-                calls = []
-                continue
-            results = [{"name": call["name"], "text": line} for call, line in zip(calls, lines)]
-            try:
-                text = stream(tokenizer, answer, results or lines[0], "tool" if results else "user", **request)
-            except ValueError as error:  # too long, say: the conversation goes on
-                print(f"   [{error}]")
-                continue
+        except EOFError:
+            return print()
+        if chat and "/reset" in lines:
+            chat.reset()
+            calls = []
+            continue
+        results = [{"name": call["name"], "text": line} for call, line in zip(calls, lines)]
+        turn = (results, "tool") if results else (lines[0], "user")
+        try:
+            text = stream(tokenizer, answer, problems, *turn, **request)
             request, calls = {**request, "seed": request["seed"] + 1}, []
             if chat and chat.tools:
-                try:
-                    calls = parse_tool_calls(text)
-                except ValueError as error:
-                    print(f"   [{error}]")
-    except EOFError:
-        print()
+                calls = parse_tool_calls(text)
+        except ValueError as error:  # a turn too long, a malformed call: the conversation goes on
+            print(f"   [{error}]")
 
 
 @command_line
 def main(argv=None):
     """Print responses to one prompt, token by token; without a prompt, answer what is typed."""
-    flags = parse_flags(Flags, argv, __doc__.splitlines()[0])
+    flags = parse(Flags, argv, __doc__.splitlines()[0])
     if not flags.model or not (flags.prompt or sys.stdin.isatty()):
-        example = '--model runs/tiny-cispo-001 --prompt "+314204="'
-        raise ValueError(f"--model and --prompt are needed, e.g. {example} (on a terminal, --model alone: a chat)")
-    folder = checkpoint_dir(flags.model)
-    config = M1Config.from_json(folder)
+        raise ValueError('--model and --prompt are needed, e.g. --model DIR --prompt "+314204="')
+    folder = checkpoint.checkpoint_dir(flags.model)
+    config = m1.M1Config.from_json(folder)
     tokenizer, has_turns = Tokenizer.of(config, folder), config.tokenizer == "m1"
     if not has_turns and (flags.system or flags.tools):
-        raise ValueError("--system and --tools are for M1's chat template; this model was trained on raw prompts")
+        raise ValueError("--system and --tools need a chat; this model was trained on raw prompts")
     if flags.think_budget is not None and tokenizer.think_end_id is None:
-        raise ValueError("--think-budget needs </think> to be one token; in this model's vocabulary it is several")
+        raise ValueError("--think-budget needs </think> to be one token; here it is several")
     tools = read_tools(flags.tools) if flags.tools else None
-    model = load_pretrained(folder, pick_device(flags.device))
-    chat = Chat(model, tokenizer, system=flags.system, tools=tools, context=flags.context) if has_turns else None
+    model = checkpoint.load_pretrained(folder, pick_device(flags.device))
+    chat_flags = dict(system=flags.system, tools=tools, context=flags.context)
+    chat = Chat(model, tokenizer, **chat_flags) if has_turns else None
+    problems = None if has_turns else run_problems(folder)
 
-    def solve(problem, role, **request):
-        return generate(model, [tokenizer.encode(problem)], **tokenizer.ids(), **request)
+    def solve(prompt, role, **request):
+        return generate(model, [tokenizer.encode(prompt)], **tokenizer.ids(), **request)
 
     answer = chat.reply if chat else solve
-    request = {key: getattr(flags, key) for key in ("max_new_tokens", "temperature", "top_p", "think_budget", "seed")}
+    names = ("max_new_tokens", "temperature", "top_p", "think_budget", "seed")
+    request = {name: getattr(flags, name) for name in names}
     if not flags.prompt:
-        return talk(tokenizer, answer, request, chat)
+        return talk(tokenizer, answer, request, chat, problems)
     for i in range(flags.n):
         if chat:
             chat.reset()
         else:
             print(flags.prompt, end="", flush=True)
-        stream(tokenizer, answer, flags.prompt, "user", **{**request, "seed": flags.seed + i})
+        request["seed"] = flags.seed + i
+        stream(tokenizer, answer, problems, flags.prompt, "user", **request)
 
 
 if __name__ == "__main__":

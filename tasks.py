@@ -1,23 +1,36 @@
 """Problems in, rewards out: what the small models learn by reinforcement. Plain Python, no tensors.
 
-A response is a guess, `.</think>ANSWER`, or a worked answer, `~CHAIN</think>ANSWER`. The first token decides: `~`
-stands for "wait, let me work it out", the report's fork token. A small model that guesses stays near chance however
-long it is trained; a chain writes the steps down one by one and is nearly always right. Before RL the model can do
-both but rarely starts a chain: what RL teaches is to think first, and responses grow longer as they get better
-(MiniMax-M1 report, Fig. 4, in miniature).
+A response is a guess, `.</think>ANSWER`, or a worked answer, `~CHAIN</think>ANSWER`. The first
+token decides: `~` stands for "wait, let me work it out", the report's fork token. A small model
+that guesses stays near chance however long it is trained; a chain writes the steps down one by one
+and is nearly always right. Before RL the model can do both but rarely starts a chain: what RL
+teaches is to think first, and responses grow longer as they get better (MiniMax-M1 report, Fig. 4,
+in miniature).
 
-To add a task, write one function (random, n_moves) -> Problem and name it in TASKS. Nothing else needs to change.
+To add a task, write one function (random, n_moves) -> Problem and name it in TASKS. RL has
+something to teach where only a chain helps:
+  - a guess stays near chance, because the answer takes several steps that need each other (where
+    chain and answer are the same text, digits backwards say, a guess does as well);
+  - each step of the chain is one token, found at a constant distance from what it is made of;
+  - there are at most some 40 facts to learn (a 5 x 5 table is 25) and 12 steps.
 
-    1. Problems            Problem, the tasks, TASKS, draw
+    1. Problems            Problem, the tasks, TASKS, draw, Mix
     2. Demonstrations      demonstration: what the cold start imitates
     3. Rewards             score
-    4. See it run          main: `python tasks.py`, a problem of each task and what responses to it earn
+    4. Curriculum          Growth, Curriculum: windows, difficulty, filtered problems
+    5. See it run          main: `python tasks.py`, a problem of each task, what responses earn
 """
 
 import argparse
 import hashlib
 import random
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
+
+from cli import ranges
 
 FORK, GUESS, THINK_END = "~", ".", "</think>"
 
@@ -28,7 +41,7 @@ FORK, GUESS, THINK_END = "~", ".", "</think>"
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: its prompt, the steps that solve it and the answer. Override `check` where answers vary."""
+    """A prompt, the steps that solve it and the answer. Override `check` where answers vary."""
 
     task: str
     prompt: str
@@ -42,44 +55,69 @@ class Problem:
 
 def mod(rng, n_moves):
     """The running sum modulo 5 of digits 0 to 4: `+314204=` -> chain 343004, answer 4."""
-    digits = [rng.randrange(5) for _ in range(n_moves)]
-    chain = "".join(str(sum(digits[: i + 1]) % 5) for i in range(n_moves))
-    return Problem("mod", f"+{''.join(map(str, digits))}=", chain, chain[-1])
+    return solve_mod(f"+{''.join(str(rng.randrange(5)) for _ in range(n_moves))}=")
+
+
+def solve_mod(prompt):
+    """The Problem that this prompt poses; None if it is no problem of `mod`."""
+    if not re.fullmatch(r"\+[0-4]+=", prompt):
+        return None
+    digits = [int(digit) for digit in prompt[1:-1]]
+    chain = "".join(str(sum(digits[: i + 1]) % 5) for i in range(len(digits)))
+    return Problem("mod", prompt, chain, chain[-1])
 
 
 def walk(rng, n_moves):
-    """A walk on a 3 x 3 torus, cells 1 to 9 in reading order: from 5, `5rulldr=` -> chain 632145, answer 5."""
-    step = {"l": (0, -1), "r": (0, 1), "u": (-1, 0), "d": (1, 0)}
-    row, column = rng.randrange(3), rng.randrange(3)
-    moves = [rng.choice("lrud") for _ in range(n_moves)]
-    prompt, chain = f"{3 * row + column + 1}{''.join(moves)}=", ""
-    for move in moves:
-        row, column = (row + step[move][0]) % 3, (column + step[move][1]) % 3
+    """A walk on a 3 x 3 torus of cells 1 to 9, from 5: `5rulldr=` -> chain 632145, answer 5."""
+    start = 3 * rng.randrange(3) + rng.randrange(3) + 1
+    return solve_walk(f"{start}{''.join(rng.choice('lrud') for _ in range(n_moves))}=")
+
+
+def solve_walk(prompt):
+    """The Problem that this prompt poses; None if it is no problem of `walk`."""
+    if not re.fullmatch(r"[1-9][lrud]+=", prompt):
+        return None
+    row, column, chain = *divmod(int(prompt[0]) - 1, 3), ""
+    for move in prompt[1:-1]:
+        down, right = {"l": (0, -1), "r": (0, 1), "u": (-1, 0), "d": (1, 0)}[move]
+        row, column = (row + down) % 3, (column + right) % 3
         chain += str(3 * row + column + 1)
     return Problem("walk", prompt, chain, chain[-1])
 
 
 def cups(rng, n_moves):
-    """A ball under cup 1 to 4; a, b, c swap cups 1-2, 2-3, 3-4: `2abcacb=` -> chain 111223, answer 3."""
-    cup = rng.randrange(4)
-    swaps = [rng.randrange(3) for _ in range(n_moves)]
-    prompt, chain = f"{cup + 1}{''.join('abc'[s] for s in swaps)}=", ""
-    for s in swaps:
-        cup = {s: s + 1, s + 1: s}.get(cup, cup)
-        chain += str(cup + 1)
+    """A ball under cup 1 to 4; a, b, c swap 1-2, 2-3, 3-4: `2abcacb=` -> chain 111223, answer 3."""
+    start = rng.randrange(4) + 1
+    return solve_cups(f"{start}{''.join('abc'[rng.randrange(3)] for _ in range(n_moves))}=")
+
+
+def solve_cups(prompt):
+    """The Problem that this prompt poses; None if it is no problem of `cups`."""
+    if not re.fullmatch(r"[1-4][abc]+=", prompt):
+        return None
+    cup, chain = int(prompt[0]), ""
+    for swap in prompt[1:-1]:
+        left = "abc".index(swap) + 1
+        cup = {left: left + 1, left + 1: left}.get(cup, cup)
+        chain += str(cup)
     return Problem("cups", prompt, chain, chain[-1])
 
 
 def recall(rng, n_moves, filler=0):
-    """Associative recall of n_moves pairs: `f3k7a1?k=` -> chain a1f3k7, answer k7. For bench.py hybrid: a guess needs
-    only memory, and chains, all pairs in any order, train that memory at every pair.
+    """Associative recall of n_moves pairs: `f3k7a1?k=` -> chain a1f3k7, answer k7.
+
+    For the study of hybrid attention: a guess needs only memory, and chains, all pairs in any
+    order, train that memory at every pair.
     """
     letters = "abcdefghijklmnopqrstuvwxyz"
     if n_moves > len(letters):
-        raise ValueError(f"recall has {len(letters)} keys, so at most as many moves, found {n_moves}")
+        raise ValueError(
+            f"recall has {len(letters)} keys, so at most as many moves, found {n_moves}"
+        )
     pairs = [key + str(rng.randrange(10)) for key in rng.sample(letters, n_moves)]
     answer = rng.choice(pairs)
-    prompt, chain = "".join(pairs) + "-" * filler + f"?{answer[0]}=", "".join(rng.sample(pairs, n_moves))
+    prompt = "".join(pairs) + "-" * filler + f"?{answer[0]}="
+    chain = "".join(rng.sample(pairs, n_moves))
     return Problem("far" if filler else "recall", prompt, chain, answer)
 
 
@@ -88,12 +126,26 @@ def far(rng, n_moves):
     return recall(rng, n_moves, filler=32)
 
 
-TASKS = {"mod": mod, "walk": walk, "cups": cups, "recall": recall, "far": far}
+class Task(NamedTuple):
+    """How to draw a problem and, where a person's own prompts can be checked, how to solve one."""
+
+    draw: Callable  # (random.Random, n_moves) -> Problem
+    solve: Callable = None  # prompt -> Problem, or None if the prompt is none of this task
+
+
+TASKS = {
+    "mod": Task(mod, solve_mod),
+    "walk": Task(walk, solve_walk),
+    "cups": Task(cups, solve_cups),
+    "recall": Task(recall),
+    "far": Task(far),
+}
 
 
 def is_held_out(prompt):
-    """One prompt in eight is never trained on. Decided by the text alone, so the two sets cannot overlap, and by a
-    cryptographic hash: a checksum such as CRC32 is linear and held out some answers three times as often as others.
+    """One prompt in eight is never trained on. Decided by the text alone, so that the two sets
+    cannot overlap, by a cryptographic hash: a checksum such as CRC32 is linear and held out some
+    answers three times as often as others.
     """
     return hashlib.sha256(prompt.encode()).digest()[0] % 8 == 0
 
@@ -101,29 +153,61 @@ def is_held_out(prompt):
 def draw(rng, n, names, n_moves, min_moves=None, held_out=False):
     """n problems, the tasks `names` in turn, all from the training or all from the held-out side.
 
-    rng: random.Random. n_moves: the difficulty, steps per chain; with min_moves every problem has a number of its own
-    between the two. Held-out problems are distinct, so of easy ones there may be fewer; ValueError if they run out.
+    rng: random.Random. n_moves: the difficulty, steps per chain; with min_moves every problem has a
+    number of its own between the two. Held-out problems are distinct, so of easy ones there may be
+    fewer; ValueError if they run out.
     """
     unknown = [name for name in names if name not in TASKS]
     if unknown or not names:
-        raise ValueError(f"unknown task {', '.join(unknown) or '(none given)'}; choose from {', '.join(TASKS)}")
+        what = ", ".join(unknown) or "(none given)"
+        raise ValueError(f"unknown task {what}; choose from {', '.join(TASKS)}")
     if n_moves < 1:
         raise ValueError(f"a problem needs at least 1 move, found {n_moves}")
     problems, seen, tries = [], set(), 0
     while len(problems) < n:
         steps = rng.randint(min_moves, n_moves) if min_moves else n_moves
-        problem = TASKS[names[len(problems) % len(names)]](rng, steps)
+        problem = TASKS[names[len(problems) % len(names)]].draw(rng, steps)
         fits = is_held_out(problem.prompt) == held_out and not (held_out and problem.prompt in seen)
         tries = 0 if fits else tries + 1
         if tries > 20_000:
-            kind = f"{'held-out' if held_out else 'training'} problems"
-            raise ValueError(
-                f"{n_moves} moves give only {len(seen)} {kind}, not {n}; take more moves or fewer problems"
-            )
+            kind = f"{'held-out' if held_out else 'training'} problems, not {n}"
+            has = f"{n_moves} moves give only {len(seen)} {kind}"
+            raise ValueError(f"{has}; take more moves or fewer problems")
         if fits:
             problems.append(problem)
             seen.add(problem.prompt)
     return problems
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Which problems a run is about."""
+
+    task: str = "mod,walk,cups"
+    """tasks to mix evenly, separated by commas"""
+    moves: int = 6
+    """difficulty: steps per problem"""
+    min_moves: int | None = None
+    """fewest steps per problem: they vary from this to --moves; None = all have --moves"""
+
+    def __post_init__(self):
+        ranges(self, moves=(1, 1000), min_moves=(1, 1000))
+        if self.min_moves and self.min_moves > self.moves:
+            raise ValueError(f"--min-moves {self.min_moves} is more than --moves {self.moves}")
+
+    @property
+    def names(self):
+        """The tasks as a list."""
+        return [name.strip() for name in self.task.split(",")]
+
+    def draw(self, rng, n, moves=None, held_out=False):
+        """n of these problems, or as hard as `moves` says. rng: random.Random."""
+        return draw(rng, n, self.names, moves or self.moves, self.min_moves, held_out)
+
+    def solve(self, prompt):
+        """The Problem that a prompt poses, if it is one of these tasks that can be told."""
+        solvers = (TASKS[name].solve for name in self.names if TASKS[name].solve)
+        return next(filter(None, (solve(prompt) for solve in solvers)), None)
 
 
 # ============================================================================
@@ -132,16 +216,17 @@ def draw(rng, n, names, n_moves, min_moves=None, held_out=False):
 
 
 def demonstration(problem, rng, fork_prior):
-    """One response to imitate in the cold start: (text, n_unlearned), the first n_unlearned characters carry no loss.
+    """One response to imitate in the cold start: (text, n_unlearned).
 
-    Half of the demonstrations are chains whose fork is not learned from: they teach how to work a problem out, not to
-    start doing so. The other half fork with probability fork_prior and guess otherwise: they set how often a model
-    starts. So skill and habit are two knobs.
+    The first n_unlearned characters carry no loss. Half of the demonstrations are chains whose fork
+    is not learned from: they teach how to work a problem out, not to start doing so. The other half
+    fork with probability fork_prior and guess otherwise: they set how often a model starts. So
+    skill and habit are two knobs.
     """
-    worked, guess = FORK + problem.chain + THINK_END + problem.answer, GUESS + THINK_END + problem.answer
+    worked = FORK + problem.chain + THINK_END + problem.answer
     if rng.random() < 0.5:
         return worked, len(FORK)
-    return (worked if rng.random() < fork_prior else guess), 0
+    return (worked if rng.random() < fork_prior else GUESS + THINK_END + problem.answer), 0
 
 
 # ============================================================================
@@ -161,11 +246,14 @@ class Score:
     forked: bool
 
 
+CRASHED = Score(0.0, False, False, False)  # told from an equal score by its identity
+
+
 def score(problem, text, ended=True):
     """Score a response text; `ended` says whether the model ended it itself.
 
-    Well-formed: ended, with exactly one </think>, some thinking before it and an answer after it. Only well-formed
-    responses can be correct. The thinking itself is not judged.
+    Well-formed: ended, with exactly one </think>, some thinking before it and an answer after it.
+    Only well-formed responses can be correct. The thinking itself is not judged.
     """
     thinking, _, answer = text.partition(THINK_END)
     well_formed = ended and text.count(THINK_END) == 1 and thinking != "" and answer != ""
@@ -174,24 +262,123 @@ def score(problem, text, ended=True):
 
 
 # ============================================================================
-# 4. See it run
+# 4. Curriculum                                         (report sec. 4 and 5)
+# ============================================================================
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a run grows while it learns: see Curriculum."""
+
+    windows: str | None = None
+    """longest response in tokens, in stages such as 40,48,56 (report sec. 5)"""
+    max_moves: int | None = None
+    """moves rise to this as rollouts get right (report sec. 4); the cold start has all"""
+    filter_problems: int = 0
+    """draw so many problems first, train on those right in 1 to 8 of 10 tries (report sec. 4)"""
+
+    def __post_init__(self):
+        ranges(self, max_moves=(1, 1000), filter_problems=(0, 10**6))
+        if [0, *self.limits] != sorted({0, *self.limits}):
+            need = "rising numbers of tokens such as 40,48,56"
+            raise ValueError(f"--windows must be {need}, found {self.windows!r}")
+
+    @property
+    def limits(self):
+        """--windows as a list of tokens; [0] where one is no number."""
+        parts = [] if self.windows is None else self.windows.split(",")
+        good = all(part.strip().isdecimal() and len(part) < 8 for part in parts)
+        return [int(part) for part in parts] if good else [0]
+
+
+class Curriculum:
+    """What changes as a run learns: how long responses may be, how hard problems are, and which.
+
+    Windows (report sec. 5): a run moves to the next one after a step at which both hold,
+      - the outputs' perplexity has converged: its mean over the last STEPS steps in this window
+        differs from that over the STEPS steps before by at most CONVERGED, relatively;
+      - their length nears the limit: its 99th percentile in this step is at least NEAR of it.
+    Moves (report sec. 4): one more after STEPS steps at this difficulty in which on average EASY
+    responses were right. Evaluations know none of this: they keep the run's own problems and
+    longest response. The numbers are ours.
+    """
+
+    STEPS, CONVERGED, NEAR, EASY = 5, 0.02, 0.9, 0.8
+
+    def __init__(self, mix, growth, window=0, extra=0, perplexity=(), correct=(), kept=None):
+        self.mix, self.growth, self.window, self.extra = mix, growth, window, extra
+        self.perplexity = list(perplexity)  # the last 2 n steps' in this window
+        self.correct = list(correct)  # the last n steps' at this difficulty
+        self.kept = kept  # (seed of candidates, which to train on), None = always new problems
+
+    @property
+    def state(self):
+        """What a checkpoint holds: Curriculum(mix, growth, **state) goes on from there."""
+        return {name: x for name, x in vars(self).items() if name not in ("mix", "growth")}
+
+    @property
+    def moves(self):
+        """Steps per problem now."""
+        return self.mix.moves + self.extra
+
+    @property
+    def limit(self):
+        """The longest response allowed now, in tokens; None without windows."""
+        return self.growth.limits[self.window] if self.growth.limits else None
+
+    def candidates(self, seed):
+        """The training problems that --filter-problems tries, the same ones whenever asked."""
+        return self.mix.draw(random.Random(seed), self.growth.filter_problems)
+
+    def problems(self, seed):
+        """A function of n that draws n of a step's problems."""
+        rng = random.Random(seed)
+        if self.kept:
+            filter_seed, marks = self.kept
+            pool = [p for p, keep in zip(self.candidates(filter_seed), marks) if keep]
+            return lambda n: rng.choices(pool, k=n)
+        return lambda n: self.mix.draw(rng, n, self.moves)
+
+    def observe(self, seen):
+        """Take in what a step's rollouts showed (train_rl.collect) and decide about the next
+        step.
+        """
+        n, limits = self.STEPS, self.growth.limits
+        self.perplexity = [*self.perplexity, seen["perplexity"]][-2 * n :]
+        self.correct = [*self.correct, seen["correct"]][-n:]
+        if self.window < len(limits) - 1 and len(self.perplexity) == 2 * n:
+            before, after = fmean(self.perplexity[:n]), fmean(self.perplexity[n:])
+            converged = abs(after / before - 1) <= self.CONVERGED
+            if converged and seen["length_p99"] >= self.NEAR * limits[self.window]:
+                self.window, self.perplexity = self.window + 1, []
+        room = (self.growth.max_moves or 0) - self.moves
+        if room > 0 and len(self.correct) == n and fmean(self.correct) >= self.EASY:
+            self.extra, self.correct = self.extra + 1, []
+
+
+# ============================================================================
+# 5. See it run
 # ============================================================================
 
 
 def main(argv=None):
-    """Print one problem of each task and the rewards of a right, a wrong and a malformed response."""
+    """Print one problem of each task and what a right, a wrong and a malformed response earn."""
     argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False).parse_args(argv)
     print(f"{'task':8}{'prompt':18}{'response':28}reward   correct   well-formed   forked")
     for name in TASKS:
         problem = draw(random.Random(0), 1, [name], 6)[0]
         wrong = next(guess for guess in "123456789" if not problem.check(guess))
-        worked = FORK + problem.chain
-        for response in (worked + THINK_END + problem.answer, GUESS + THINK_END + wrong, worked + problem.answer):
+        worked, long = FORK + problem.chain, len(problem.prompt) > 17
+        prompt = problem.prompt[:6] + "..." + problem.prompt[-6:] if long else problem.prompt
+        right = worked + THINK_END + problem.answer
+        for response in (right, GUESS + THINK_END + wrong, worked + problem.answer):
             s = score(problem, response)
             marks = ("yes" if mark else "no" for mark in (s.correct, s.well_formed, s.forked))
-            prompt = problem.prompt if len(problem.prompt) < 18 else problem.prompt[:6] + "..." + problem.prompt[-6:]
-            print(f"{name:8}{prompt:18}{response:28}{s.reward:6.1f}" + "{:>10}{:>14}{:>9}".format(*marks))
-    print(f"\n{FORK} starts a chain, {GUESS} a guess; without {THINK_END} a response has no answer and earns nothing.")
+            line = f"{name:8}{prompt:18}{response:28}{s.reward:6.1f}"
+            print(line + "{:>10}{:>14}{:>9}".format(*marks))
+    print(
+        f"\n{FORK} starts a chain, {GUESS} a guess; without {THINK_END} there is no answer to pay."
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,226 @@
+"""Models on disk: the published layout of MiniMax-M1, with checksums and never half-written.
+
+A directory holds config.json, shards (model-00000-of-00002.safetensors ...) and their index
+(model.safetensors.index.json). Runs of train_rl write the same layout (plus trainer.pt), so
+whatever reads one reads the other.
+
+    1. Names                 published_name, published_tensors
+    2. Reading               load_pretrained, load_trainer, checkpoint_dir, check_sums
+    3. Writing               save_pretrained
+"""
+
+import functools
+import json
+import os
+import pickle
+import shutil
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from model import M1Config, MiniMaxM1, read_json
+
+# ============================================================================
+# 1. Names
+# ============================================================================
+
+
+def published_name(name, expert=0):
+    """The published name of a parameter of ours; our experts are stacked, one tensor for all."""
+    stem, _, last = name.rpartition(".")
+    if last in ("w1", "w2", "w3"):
+        return f"model.{stem}.experts.{expert}.{last}.weight"
+    return name if stem == "lm_head" else f"model.{name}"
+
+
+def published_tensors(model):
+    """{published name: view of our parameter}: copy into a view to load, read it to save."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        if p.ndim < 3:
+            tensors[published_name(name)] = p.detach()
+        else:
+            for e, w in enumerate(p.detach()):
+                tensors[published_name(name, e)] = w.T if name.endswith("w2") else w
+    return tensors
+
+
+# ============================================================================
+# 2. Reading
+# ============================================================================
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def checkpoint_dir(path):
+    """A run folder's newest checkpoint (its file `latest` names it), or the directory itself."""
+    path = Path(path)
+    pointer = path / "latest"
+    return path / pointer.read_text().strip() if pointer.is_file() else path
+
+
+def load_pretrained(path, device="cpu", dtype=None):
+    """Load a published MiniMax-M1 directory, or a run of train_rl, shard by shard.
+
+    Peak memory: the model plus one tensor. Checkpoints of ours carry checksums, which are verified;
+    published ones have none. dtype None keeps every tensor's stored dtype; a given one casts all
+    but the router gates, which stay fp32 (fp64 in an fp64 model). Raises ValueError if the
+    directory, a shard, a name or a shape is not what the config promises.
+    """
+    path = checkpoint_dir(path)
+    config = M1Config.from_json(path)
+    stored = _stored_tensors(path)
+    with torch.device("meta"):
+        model = MiniMaxM1(config)
+    expected = {name: tuple(t.shape) for name, t in published_tensors(model).items()}
+    _check_names(path, expected, {name: shape for name, (_, shape, _) in stored.items()})
+
+    for name, p in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        parts = [published_name(name, e) for e in range(len(p) if p.ndim == 3 else 1)]
+        cast = dtype or functools.reduce(torch.promote_types, (stored[x][2] for x in parts))
+        if dtype and ".gate." in name:
+            cast = torch.promote_types(dtype, torch.float32)
+        empty = nn.Parameter(torch.empty(p.shape, dtype=cast, device=device))
+        setattr(model.get_submodule(owner), leaf, empty)
+    views = published_tensors(model)
+    files = sorted({file for file, _, _ in stored.values()})
+    check_sums(path, [file.name for file in files])
+    for file in files:
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():
+                views[name].copy_(shard.get_tensor(name))
+    return model
+
+
+def load_trainer(path, optimizer, device):
+    """Load trainer.pt of a checkpoint into the optimizer: (step, seconds, curriculum's state)."""
+    file = path / "trainer.pt"
+    check_sums(path, [file.name])
+    damage = (pickle.UnpicklingError, RuntimeError, LookupError, EOFError, ValueError, TypeError)
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"]), float(state["seconds"]), dict(state["curriculum"])
+    except (*damage, AttributeError):
+        how = "let the run's file `latest` name an older checkpoint"
+        raise ValueError(f"{file} is damaged; {how}") from None
+
+
+def _stored_tensors(path):
+    """{name: (file, shape, dtype)} from the headers of all shards of a directory."""
+    index = path / "model.safetensors.index.json"
+    try:
+        has_index = index.exists()
+        listed = read_json(index)["weight_map"].values() if has_index else ["model.safetensors"]
+        files = sorted({Path(name).name for name in listed})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a safetensors index: {error!r}") from None
+    stored = {}
+    for file in (path / name for name in files):
+        if not file.is_file():
+            raise ValueError(
+                f"{path} is incomplete: the shard {file.name} is missing; copy it again"
+            )
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():
+                    if name in stored:
+                        both = f"{stored[name][0].name} and {file.name}"
+                        raise ValueError(f"{path}: {name} is stored twice, in {both}")
+                    part = shard.get_slice(name)
+                    stored[name] = file, tuple(part.get_shape()), DTYPES.get(part.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or no safetensors file ({error})") from None
+    for name, (file, _, dtype) in stored.items():
+        if dtype is None:
+            raise ValueError(f"{file}: {name} has a dtype that is none of {', '.join(DTYPES)}")
+    return stored
+
+
+def _check_names(path, expected, found):
+    """ValueError unless both hold the same names with the same shapes; says which differ."""
+
+    def some(names):
+        return f"{len(names)} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+
+    other = [n for n in expected.keys() & found.keys() if found[n] != expected[n]]
+    problems = {
+        "missing": expected.keys() - found.keys(),
+        "unexpected": found.keys() - expected.keys(),
+        "of another shape": [f"{n} is {found[n]}, not {expected[n]}" for n in other],
+    }
+    report = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
+    if report:
+        raise ValueError(f"{path} does not hold the tensors its config.json promises. {report}")
+
+
+def check_sums(path, names):
+    """ValueError if a file is not what save_pretrained wrote; without a checksum, no check."""
+    index = path / "model.safetensors.index.json"
+    stored = read_json(index) if index.exists() else {}
+    sums = (stored.get("metadata") or {}).get("crc32", {})
+    for name in names:
+        if name in sums and crc32(path / name) != sums[name]:
+            wrong = f"{path / name} is damaged: its bytes are not those that were saved"
+            raise ValueError(f"{wrong}; copy it again")
+
+
+def crc32(file):
+    """CRC-32 of a file's bytes."""
+    value = 0
+    with open(file, "rb") as content:
+        while block := content.read(2**24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+# ============================================================================
+# 3. Writing
+# ============================================================================
+
+
+def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None):
+    """Write a model as config.json, numbered *.safetensors shards and their index.
+
+    Everything is written beside `path` first and moved there when complete. Refuses to overwrite. A
+    trainer_state (dicts, lists, numbers, tensors) goes into trainer.pt.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path} exists already; remove it or choose another name")
+    shards, room = [], 0
+    for name, tensor in published_tensors(model).items():
+        if tensor.nbytes > room:
+            shards.append({})
+            room = max(max_shard_bytes, tensor.nbytes)
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        for file, shard in zip(names, shards):
+            plain = torch.contiguous_format
+            tensors = {name: t.cpu().clone(memory_format=plain) for name, t in shard.items()}
+            save_file(tensors, draft / file, metadata={"format": "pt"})
+        total = sum(t.nbytes for shard in shards for t in shard.values())
+        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+        if trainer_state is not None:
+            torch.save(trainer_state, draft / "trainer.pt")
+        sums = {file.name: crc32(file) for file in sorted(draft.iterdir())}
+        index = {"metadata": {"total_size": total, "crc32": sums}, "weight_map": weight_map}
+        (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        model.config.to_json(draft / "config.json")
+        draft.rename(path)  # atomic: before it there is no checkpoint, after it a whole one
+    except (SafetensorError, RuntimeError) as error:  # how these report a full disk
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,223 @@
+"""What the loop trains on: problems answered, scored, gathered in groups and made into batches.
+
+    1. Batches           Batch, make_batch, trained_logp
+    2. Answers           respond, scored, evaluate
+    3. Experience        solvable, collect
+
+Everywhere `flags` is a train_rl.Flags, of which group sizes, limits and seeds are read.
+Dimension key: N sequences, L tokens of the longest, G responses per prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+import zlib
+from statistics import fmean
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+import cispo
+import sample
+import tasks
+from cli import torch
+
+
+def substream(seed, *names):
+    """A seed for every use of randomness, so that changing one use leaves the others alone."""
+    return zlib.crc32(repr((seed, *names)).encode())
+
+
+# ============================================================================
+# 1. Batches
+# ============================================================================
+
+
+class Batch(NamedTuple):
+    """Prompts with responses, padded on the left. Column t of (N, L - 1) is tokens[:, t + 1]."""
+
+    tokens: torch.Tensor  # (N, L) int64
+    mask: torch.Tensor  # (N, L) bool: real tokens
+    trained: torch.Tensor  # (N, L - 1) bool: carries loss
+    rewards: torch.Tensor = None  # (N,) fp32
+    infer_logp: torch.Tensor = None  # (N, L - 1) fp32: what the sampler recorded
+    advantages: torch.Tensor = None  # (N,) fp32
+
+    def slices(self, k, group_size):
+        """k Batches of whole groups, as many as there are groups at most."""
+        groups = torch.arange(len(self.tokens) // group_size)
+        parts = groups.tensor_split(min(k, len(groups)))
+        rows = [slice(int(g[0]) * group_size, int(g[-1] + 1) * group_size) for g in parts]
+        return [Batch(*(x[part] for x in self)) for part in rows]
+
+
+def make_batch(prompts, responses, learned, device, rewards=None, infer_logp=None):
+    """N prompts and responses (lists of token ids) -> Batch. learned and infer_logp hold a value
+    for every token of a response: whether it carries loss, and what the sampler recorded.
+    """
+
+    def align(values):  # (N, L - 1), zeros at prompts and padding
+        rows = (torch.as_tensor(v, device=device) for v in values)
+        rows = [torch.nn.functional.pad(v, (len(p) - 1, 0)) for v, p in zip(rows, prompts)]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+
+    tokens, mask = sample.left_pad([[*p, *r] for p, r in zip(prompts, responses)], 0, device)
+    if rewards is None:
+        return Batch(tokens, mask, align(learned))
+    rewards = torch.tensor(rewards, device=device)
+    return Batch(tokens, mask, align(learned), rewards, align(infer_logp))
+
+
+def trained_logp(model, batch, temperature=1.0):
+    """Of a batch's trained tokens: log-probs and entropies (N, L - 1), 0 elsewhere; and Aux."""
+    hidden, aux = model.hidden(batch.tokens[:, :-1], mask=batch.mask[:, :-1])
+    here, targets = batch.trained, batch.tokens[:, 1:]  # the head sees these positions only
+    found = model.target_logp(hidden[here], targets[here], temperature, with_entropy=True)
+    logp, entropy = (x.new_zeros(here.shape).masked_scatter(here, x) for x in found)
+    return logp, entropy.detach(), aux
+
+
+# ============================================================================
+# 2. Answers
+# ============================================================================
+
+
+def respond(model, tokenizer, problems, seed, group_size=1, **how):
+    """group_size responses to each problem and their scores: (Rollout, [tasks.Score] * N).
+
+    how: max_new_tokens and further arguments of sample.generate. Where a verifier raises, the score
+    is tasks.CRASHED.
+    """
+    prompts = [tokenizer.encode(p.prompt) for p in problems]
+    how |= tokenizer.ids() | {"group_size": group_size, "seed": seed}
+    rollout, scores = sample.generate(model, prompts, **how), []
+    for i, text in enumerate(response_texts(tokenizer, rollout)):
+        closed = int((rollout.tokens[i] == tokenizer.think_end_id).sum())
+        spelled = text.count(tasks.THINK_END) != closed  # byte by byte it is not the token
+        ended = rollout.ended[i] in ("eos", "budget") and not spelled
+        problem = problems[i // group_size]
+        try:
+            scores.append(tasks.score(problem, text, ended))
+        except Exception as error:  # a verifier's bug costs this reward, not the run
+            where = f"the verifier crashed on {problem.prompt!r} ({problem.task})"
+            tqdm.write(f"{where}, which earns nothing: {error!r}")
+            scores.append(tasks.CRASHED)
+    return rollout, scores
+
+
+def response_texts(tokenizer, rollout):
+    """The N response texts, without the end token."""
+    rows = (row[:n] for row, n in zip(rollout.tokens.tolist(), rollout.lengths.tolist()))
+    return [tokenizer.decode([i for i in row if i != tokenizer.eos_id]) for row in rows]
+
+
+def scored(model, tokenizer, problems, seeds, group_size=1, **how):
+    """respond in pieces: ([Score], [tokens]). seeds: what substream makes the sampling's seed
+    of.
+    """
+    scores, lengths = [], []
+    for start in range(0, len(problems), 64):  # larger batches fall out of a CPU's cache
+        piece, seed = problems[start : start + 64], substream(*seeds, start)
+        rollout, new = respond(model, tokenizer, piece, seed, group_size, **how)
+        scores += new
+        lengths += rollout.lengths.tolist()
+    return scores, lengths
+
+
+def evaluate(model, tokenizer, flags):
+    """Score a model on held-out problems, the same for every seed.
+
+    accuracy = pass@1: the mean over k = eval_samples responses at temperature 1 to each problem;
+    pass_k: at least one of them is right; greedy: the likeliest response is; eval_fork_rate,
+    eval_length (tokens), eval_guess_right (share of those that did not fork): of the k.
+    """
+    start, k, how = time.perf_counter(), flags.eval_samples, flags.limits()
+    ask = functools.partial(scored, model, tokenizer, flags.held_out, **how)
+    scores, lengths = ask((flags.seed, "eval"), k)
+    greedy, _ = ask((flags.seed, "greedy"), temperature=0)
+    correct = [s.correct for s in scores]
+    guesses = [s.correct for s in scores if not s.forked]
+    row = {"eval_guess_right": fmean(guesses)} if guesses else {}
+    return row | {
+        "accuracy": fmean(correct),
+        "pass_k": fmean(any(correct[i : i + k]) for i in range(0, len(correct), k)),
+        "greedy": fmean(s.correct for s in greedy),
+        "eval_fork_rate": fmean(s.forked for s in scores),
+        "eval_length": fmean(lengths),
+        "eval_s": time.perf_counter() - start,
+    }
+
+
+# ============================================================================
+# 3. Experience
+# ============================================================================
+
+
+def solvable(model, tokenizer, flags, candidates):
+    """Which candidates to train on: 1 to 8 of 10 responses of this model are right (report sec. 4).
+
+    Returns a list of bools; prints how many are kept and dropped; ValueError when none is kept.
+    """
+    how = flags.limits() | {"temperature": flags.sampling.temperature}
+    scores, _ = scored(model, tokenizer, candidates, (flags.seed, "filter"), 10, **how)
+    right = [sum(s.correct for s in scores[i : i + 10]) for i in range(0, len(scores), 10)]
+    kept, easy = [0 < n < 9 for n in right], sum(n >= 9 for n in right)
+    found = f"{sum(kept)} kept, {right.count(0)} never right, {easy} too easy"
+    print(f"filter: {len(kept)} problems, {found}", flush=True)
+    if not any(kept):
+        raise ValueError("--filter-problems keeps none; take more of them or another --moves")
+    return kept
+
+
+def collect(model, tokenizer, problems, flags, sampling, step):
+    """Sample G answers to each problem, score them, keep the groups that disagree (DAPO).
+
+    problems: a function that draws n of them. While fewer than min_groups are kept, more prompts
+    are drawn, twice at most. Returns a Batch of the kept groups, None if there are still too few,
+    and means over everything sampled, dropped groups included.
+    """
+    start, rollout_s, rows = time.perf_counter(), 0.0, []
+    scores, lengths, rewards, logp = [], [], [], []  # of everything sampled
+    G, buffer, how = flags.group_size, flags.recipe.overlong_buffer, dataclasses.asdict(sampling)
+    for attempt in range(3):
+        asked, seed = problems(flags.prompts), substream(flags.seed, "rollout", step, attempt)
+        rollout, new = respond(model, tokenizer, asked, seed, G, **how)
+        earned = torch.tensor([s.reward for s in new])
+        if buffer:
+            lasted = rollout.lengths.cpu()
+            earned += cispo.overlong_penalty(lasted, sampling.max_new_tokens, buffer)
+        kept = cispo.informative_groups(earned, G).repeat_interleave(G)
+        for i in kept.nonzero()[:, 0].tolist():
+            prompt, n = tokenizer.encode(asked[i // G].prompt), int(rollout.lengths[i])
+            silent = flags.mask_truncated and rollout.ended[i] == "length"
+            learned = rollout.mask[i, :n] & (not silent)
+            response, recorded = rollout.tokens[i, :n].tolist(), rollout.logp[i, :n]
+            rows.append((prompt, response, learned, float(earned[i]), recorded))
+        scores += new
+        rewards += earned.tolist()
+        lengths += rollout.lengths.tolist()
+        logp.append(rollout.logp[rollout.mask])
+        rollout_s += rollout.seconds
+        if len(rows) >= flags.min_groups * G:
+            break
+    seen = {
+        "reward": fmean(rewards),
+        "correct": fmean(s.correct for s in scores),
+        "well_formed": fmean(s.well_formed for s in scores),
+        "fork_rate": fmean(s.forked for s in scores),
+        "length": fmean(lengths),
+        "length_p99": sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1],
+        "perplexity": math.exp(-float(torch.cat(logp).mean())),
+        "crashes": sum(s is tasks.CRASHED for s in scores),
+        "groups": len(rows) // G,
+        "sampled_groups": len(scores) // G,
+        "rollout_s": rollout_s,
+        "reward_s": time.perf_counter() - start - rollout_s,
+    }
+    if seen["groups"] < flags.min_groups:
+        return None, seen
+    prompts, responses, learned, earned, recorded = zip(*rows)
+    return make_batch(prompts, responses, learned, model.device, earned, recorded), seen

@@ -1,0 +1,375 @@
+"""A run on disk: its folder, log, checkpoints, resume, samples and curves. It knows no flags, only
+dicts and texts.
+
+A run folder explains itself: run.json (settings, versions), log.csv (a row a step), dropped.csv,
+samples.txt, curves.png, summary.json, step-000040/ (published layout plus trainer.pt) and `latest`,
+which names the newest. Every file is written beside its place and moved there, so a reader never
+meets half of one.
+
+    1. Columns            COLUMNS, DROPPED
+    2. Files              new_folder, write_file, read_log
+    3. A run              Run: steps, log, save; open_run
+    4. What is shown      summarize_drops, show_drops, summary, reference, draw_curves
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cli import checkpoint, torch
+from cli import model as m1
+
+# ============================================================================
+# 1. Columns
+# ============================================================================
+
+TABLE = """
+step
+accuracy pass_k greedy                         # on held-out problems, empty between evaluations:
+eval_fork_rate eval_length eval_guess_right    # see experience.evaluate
+reward correct well_formed fork_rate length    # means over the step's rollouts; length in tokens
+groups sampled_groups                          # prompts whose answers disagree, of all
+updates loss grad_norm lr entropy              # norm before clipping; nats per token
+ratio_mean ratio_min ratio_max ess kl_k1 kl_k3 # see cispo.statistics: means over the updates, but
+weight_clip_frac_high weight_clip_frac_low     #   extremes for ratio_min and ratio_max
+ppo_would_drop_frac
+prob_corr logp_gap logp_gap_mean               # training against rollout: largest, mean gap in nats
+negative_early negative_late                   # share of sum |A| that is negative, in either half
+                                               #   of the response allowed (report sec. 5)
+window length_p99 perplexity moves crashes     # longest allowed, 99th percentile; of all sampled
+                                               #   tokens; steps per problem; verifier crashed
+router_loss busiest_expert over_capacity       # 2 = balanced; share of choices of the busiest, and
+                                               #   beyond 1.25 times an even load
+seconds rollout_s reward_s update_s eval_s     # of the step, and of its parts
+"""
+COLUMNS = [name for line in TABLE.splitlines() for name in line.partition("#")[0].split()]
+DROPPED = ["step", "token", "rose", "count", "probability", "ratio"]  # before the updates; means
+TIMES = ("rollout_s", "reward_s", "update_s", "eval_s")
+
+# ============================================================================
+# 2. Files
+# ============================================================================
+
+
+def new_folder(out, name):
+    """The folder of a new run: `out`, which must be new or empty, or the next runs/NAME-001."""
+    if out:
+        folder = Path(out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"--out {folder} exists and is not empty; choose another name")
+    else:
+        number = 1
+        while (folder := Path("runs") / f"{name}-{number:03d}").exists():
+            number += 1
+    folder.mkdir(parents=True, exist_ok=bool(out))
+    return folder
+
+
+def write_file(path, text):
+    """Write a text file so that at any moment the old or the new content is there, whole."""
+    draft = path.with_name(f".{path.name}.writing")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def read_log(path):
+    """log.csv as one dict of numbers per step; what was not measured is absent."""
+    with open(path, newline="") as file:
+        return [{name: float(x) for name, x in row.items() if x} for row in csv.DictReader(file)]
+
+
+def _append(path, rows):
+    """Add rows, dicts, to a CSV file, in the columns that its first line names."""
+    with open(path, "r+", newline="") as file:
+        columns = file.readline().rstrip().split(",")
+        file.seek(0, os.SEEK_END)
+        how = dict(restval="", extrasaction="ignore", lineterminator="\n")
+        csv.DictWriter(file, columns, **how).writerows(rows)
+
+
+# ============================================================================
+# 3. A run
+# ============================================================================
+
+
+class Run:
+    """One run's folder while it trains. As a context it turns what ends a run into one clear line.
+
+    step: the last one finished, -1 before the first. The first Ctrl-C or SIGTERM is a wish: the
+    step is finished and saved first; the next one kills.
+    """
+
+    def __init__(self, folder, step=-1, earlier=0.0):
+        self.folder, self.step, self.earlier = Path(folder), step, earlier
+        self.start, self.step_start = time.perf_counter(), None
+        self.stopping, self.handlers = False, {}
+
+    @property
+    def seconds(self):
+        """Since the run began, over all its parts."""
+        return self.earlier + time.perf_counter() - self.start
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            signals = (signal.SIGINT, signal.SIGTERM)
+            self.handlers = {n: signal.signal(n, self._ask) for n in signals}
+        return self
+
+    def _ask(self, number, frame):
+        if self.stopping or self.step_start is None:  # asked twice, or still in the cold start
+            raise KeyboardInterrupt
+        self.stopping = True
+        tqdm.write("stopping after this step (again: at once)")
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if isinstance(error, KeyboardInterrupt):
+            again = f"go on with: python train_rl.py --resume {self.folder}"
+            raise KeyboardInterrupt(f"stopped; {again}") from None
+        if isinstance(error, (ValueError, OSError)):
+            named = (self.folder / "latest").exists()
+            last = checkpoint.checkpoint_dir(self.folder) if named else "none yet"
+            where = f"stopped in step {self.step + 1}: {error}"
+            raise ValueError(f"{where}; last good checkpoint: {last}") from error
+
+    def steps(self, last):
+        """The numbers of the steps to do, up to `last`; KeyboardInterrupt when asked to stop."""
+        bar = tqdm(total=last, initial=max(self.step, 0), desc="RL", unit="step", disable=None)
+        with bar:
+            while self.step < last:
+                if self.stopping:
+                    raise KeyboardInterrupt
+                self.step_start = time.perf_counter()
+                yield self.step + 1
+                self.step += 1
+                bar.update(self.step > 0)
+
+    def begin(self, samples):
+        """The files that steps add to. samples: text."""
+        write_file(self.folder / "samples.txt", f"after the cold start\n{samples}")
+        write_file(self.folder / "log.csv", ",".join(COLUMNS) + "\n")
+        write_file(self.folder / "dropped.csv", ",".join(DROPPED) + "\n")
+
+    def describe(self, **facts):
+        """Put facts into run.json, beside those that are there."""
+        file = self.folder / "run.json"
+        record = m1.read_json(file) if file.exists() else {}
+        write_file(file, json.dumps(record | facts, indent=2) + "\n")
+
+    def log(self, row, drops=(), line=""):
+        """A step's row for log.csv, rows of dropped.csv, and the line that is printed."""
+        row = row | {"seconds": time.perf_counter() - self.step_start}
+        rounded = {k: float(f"{x:.6g}") if isinstance(x, float) else x for k, x in row.items()}
+        _append(self.folder / "dropped.csv", drops)
+        _append(self.folder / "log.csv", [rounded])
+        tqdm.write(f"{line}  {row['seconds']:.1f} s")
+        sys.stdout.flush()
+
+    def save(self, model, optimizer, curriculum, step, keep=2):
+        """Model (published layout), optimizer and curriculum as one directory, named by `latest`.
+
+        Kept are the newest `keep` and the one after the cold start. Nothing else needs saving:
+        every random draw has a seed of its own (experience.substream), whatever ran before.
+        """
+        name = f"step-{step:06d}"
+        state = {"step": step, "seconds": self.seconds, "curriculum": curriculum}
+        state["optimizer"] = optimizer.state_dict()
+        checkpoint.save_pretrained(model, self.folder / name, trainer_state=state)
+        write_file(self.folder / "latest", name + "\n")
+        for old in sorted(self.folder.glob("step-*"))[1:-keep]:
+            shutil.rmtree(old)
+
+
+def machine(device):
+    """What run.json says of where a run happened."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    where = {"device": str(device), "threads": torch.get_num_threads()}
+    return where | {"versions": versions, "machine": platform.platform()}
+
+
+def last_saved(folder):
+    """Whether a run has a checkpoint to go on from; names the newest one where a kill forbade
+    it.
+    """
+    saved = sorted(Path(folder).glob("step-*"))
+    if saved and not (Path(folder) / "latest").exists():
+        write_file(Path(folder) / "latest", saved[-1].name + "\n")
+    return bool(saved)
+
+
+def reopen(folder, optimizer, device, last_step):
+    """Make a run folder what it was at its newest checkpoint: (Run, the curriculum's state).
+
+    Loads the optimizer, then cuts log.csv and dropped.csv back and removes what was being written
+    when the run stopped. Changes nothing when the checkpoint or one of these files is damaged, or
+    the checkpoint beyond last_step.
+    """
+    folder, newest = Path(folder), checkpoint.checkpoint_dir(folder)
+    step, seconds, curriculum = checkpoint.load_trainer(newest, optimizer, device)
+    if step > last_step:
+        need = f"give --steps {step} or more"
+        raise ValueError(f"{newest} is already past --steps {last_step}; {need}")
+    cut = {}
+    for file in (folder / "log.csv", folder / "dropped.csv"):
+        header, *lines = file.read_text().splitlines(keepends=True) or [""]
+        try:
+            kept = [x for x in lines if x.endswith("\n") and int(x.partition(",")[0]) <= step]
+        except ValueError:
+            wrong = "has a line that does not begin with its step"
+            raise ValueError(f"{file} {wrong}; mend or remove it") from None
+        cut[file] = header + "".join(kept)
+    newer = [other for other in folder.glob("step-*") if other.name > f"step-{step:06d}"]
+    for leftover in [*folder.glob(".*.writing*"), *newer]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for path, text in cut.items():
+        write_file(path, text)
+    return Run(folder, step, seconds), curriculum
+
+
+# ============================================================================
+# 4. What is shown
+# ============================================================================
+
+
+def summarize_drops(drops, tokenizer, step):
+    """[(token id, probability, ratio)] -> rows of dropped.csv, the token dropped most often first.
+
+    rose: the token was wanted (A > 0) and had risen above the trust region; otherwise it was
+    unwanted and below it.
+    """
+    groups = {}
+    for token, probability, ratio in drops:
+        groups.setdefault((token, ratio > 1), []).append((probability, ratio))
+    rows = []
+    for (token, rose), seen in sorted(groups.items(), key=lambda item: -len(item[1])):
+        probability, ratio = (f"{statistics.fmean(x):.3g}" for x in zip(*seen))
+        text = tokenizer.decode([token])
+        text = f"<{token}>" if "\ufffd" in text else json.dumps(text)  # half of a character
+        values = (step, text, "yes" if rose else "no", len(seen), probability, ratio)
+        rows.append(dict(zip(DROPPED, values)))
+    return rows
+
+
+def show_drops(path, n=8):
+    """The tokens of dropped.csv that were dropped most often over the whole run, as text."""
+    groups = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            seen = [float(row[name]) for name in ("count", "probability", "ratio")]
+            groups.setdefault((row["token"], row["rose"]), []).append(seen)
+    totals = {key: sum(count for count, *_ in seen) for key, seen in groups.items()}
+    text = "\ntokens that PPO's clip would have dropped most often (probability and ratio: means)\n"
+    for key in sorted(groups, key=totals.get, reverse=True)[:n]:
+        p, ratio = (sum(x[0] * x[i] for x in groups[key]) / totals[key] for i in (1, 2))
+        why = "wanted, had risen" if key[1] == "yes" else "unwanted, had fallen"
+        often = f"  {key[0]:<12} {totals[key]:6.0f} times"
+        text += f"{often}  probability {p:.3f}  ratio {ratio:.2f}  {why}\n"
+    return text if groups else text + "  none\n"
+
+
+def finish(run, samples, title, compare):
+    """samples.txt, curves.png and summary.json of a finished run; prints and returns the summary.
+
+    samples: text after the last step. compare: whether the run has the settings of the reference
+    seeds.
+    """
+    folder, log = run.folder, read_log(run.folder / "log.csv")
+    before = (folder / "samples.txt").read_text(encoding="utf-8").split("\nafter ")[0]
+    after = f"\nafter {run.step} RL steps\n{samples}" + show_drops(folder / "dropped.csv")
+    write_file(folder / "samples.txt", before + after)
+    others = reference_logs() if compare else []
+    draw_curves(log, folder / "curves.png", title, others)
+    seed = m1.read_json(folder / "run.json")["flags"]["seed"]
+    summary = {"seed": seed, "steps": int(log[-1]["step"]), "seconds": round(run.seconds, 1)}
+    for name in ("accuracy", "pass_k", "greedy", "eval_fork_rate", "eval_length"):
+        short = name.removeprefix("eval_")
+        summary |= {f"{short}_start": log[0][name], f"{short}_end": log[-1][name]}
+    parts = {part: sum(row.get(part, 0) for row in log) for part in TIMES}
+    parts["other_s"] = run.seconds - sum(parts.values())  # the cold start above all, and files
+    summary |= {part: round(spent, 1) for part, spent in parts.items()}
+    write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    told = "held-out accuracy {accuracy_start:.3f} -> {accuracy_end:.3f}, fork rate "
+    told += "{fork_rate_start:.2f} -> {fork_rate_end:.2f}, length {length_start:.1f} -> "
+    told += "{length_end:.1f} tokens, {seconds:.0f} s\ntime: rollouts {rollout_s} s, rewards and "
+    told += "batches {reward_s} s, updates {update_s} s, evaluations {eval_s} s, cold start and "
+    print((told + "files {other_s} s").format(**summary))
+    if others:
+        print(reference(others))
+    print(f"see {folder}/samples.txt and {folder}/curves.png")
+    return summary
+
+
+CURVES = {  # column on held-out problems: (the same in rollouts, label)
+    "accuracy": ("correct", "held-out accuracy (pass@1)"),
+    "eval_fork_rate": ("fork_rate", "fork rate: thinks first"),
+    "eval_length": ("length", "response length, tokens"),
+}
+
+
+def reference_logs():
+    """The logs of the reference seeds of the main job, from figures/."""
+    files = sorted((Path(__file__).parent / "figures").glob("main-seed*.csv"))
+    return [read_log(file) for file in files]
+
+
+def reference(logs):
+    """One line: where the reference seeds of the main job began and ended, to lay beside one's
+    own.
+    """
+
+    def span(row, column):
+        values = [log[row][column] for log in logs]
+        return f"{min(values):.2f}..{max(values):.2f}"
+
+    names = {"accuracy": "accuracy", "eval_fork_rate": "fork rate", "eval_length": "length"}
+    told = (f"{name} {span(0, c)} -> {span(-1, c)}" for c, name in names.items())
+    return f"reference, {len(logs)} seeds of ours: {', '.join(told)}"
+
+
+def draw_curves(log, path, title, others=()):
+    """Accuracy, fork rate and response length over RL steps: the report's Figure 4 in miniature.
+
+    others: logs of reference seeds, whose range is drawn as a band.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    for axis, (held_out, (rollout, label)) in zip(axes, CURVES.items()):
+        if others:
+            at = [row["step"] for row in others[0] if held_out in row]
+            values = [[row[held_out] for row in other if held_out in row] for other in others]
+            low, high = (list(map(f, zip(*values))) for f in (min, max))
+            axis.fill_between(
+                at, low, high, alpha=0.15, lw=0, color="gray", label="reference seeds"
+            )
+        for column, style, legend in ((rollout, "-", "rollouts"), (held_out, "o-", "held-out")):
+            rows = [row for row in log if column in row]
+            x, y = ([row[name] for row in rows] for name in ("step", column))
+            axis.plot(x, y, style, ms=3, lw=1, label=legend)
+        axis.set(xlabel="RL step", ylabel=label)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def pyplot():
+    """matplotlib without a screen; imported late, so that nothing waits for it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

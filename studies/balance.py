@@ -1,0 +1,48 @@
+"""Do experts need a load-balancing loss, and is token drop affordable (MiniMax-01)?
+
+python -m studies.balance (8 minutes)
+
+Weight and capacity act from the cold start on. Token drop acts in training only: an expert takes at
+most 1.25 times an even share of a batch's choices, while rollouts drop nothing.
+"""
+
+import functools
+
+from cli import model as m1
+from studies.common import Study, script, show_study
+
+
+def experts(coef, capacity=None):
+    """Change the code: another weight of the load-balancing loss, token drop beyond capacity."""
+    m1.PRESETS["tiny"]["router_aux_loss_coef"] = coef
+    before = m1.MoE.__init__
+
+    def init(moe, config):
+        before(moe, config)
+        moe.capacity = capacity
+
+    m1.MoE.__init__ = init
+
+
+CHANGES = {f"weight {coef:g}": functools.partial(experts, coef) for coef in (0.0, 0.001, 0.1)}
+CHANGES |= {f"weight {coef:g}, drop": functools.partial(experts, coef, 1.25) for coef in (0.0, 0.1)}
+PLAN = Study(
+    "balance",
+    "load-balancing loss and token drop, in cold start and RL",
+    {name: {} for name in CHANGES},
+    curves=("over_capacity", "logp_gap_mean", "accuracy"),
+    changes=CHANGES,
+    in_cold=True,
+    beside={"weight 0.1, drop": "weight 0.1"},
+)
+
+
+def study(flags):
+    """Run it, or read it; table and picture."""
+    return show_study(PLAN, flags)
+
+
+main = script(study, __doc__)
+
+if __name__ == "__main__":
+    main()

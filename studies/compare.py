@@ -1,0 +1,60 @@
+"""Two runs side by side: curves over each other, and a table of the first and the last of each.
+
+python -m studies.compare runs/tiny-cispo-001 runs/init-grpo-001
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tyro.conf import Positional
+
+import runlog
+from cli import ranges
+from studies.common import draw_curve, picture, points, print_table, script
+
+CURVES = ("accuracy", "fork_rate", "length", "entropy", "ppo_would_drop_frac")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Which runs."""
+
+    runs: Positional[tuple[str, ...]] = field(default=())
+    """run folders"""
+    out: str = "runs"
+    """folder for compare.png"""
+
+    def __post_init__(self):
+        ranges(self)
+        for run in self.runs:
+            if not Path(run, "log.csv").is_file():
+                raise ValueError(f"{run} has no log.csv: give run folders, runs/NAME")
+
+
+def study(flags):
+    """Draw and print them."""
+    if not flags.runs:
+        raise ValueError("give run folders: python -m studies.compare runs/A runs/B")
+    logs = {run: runlog.read_log(Path(run, "log.csv")) for run in flags.runs}
+    Path(flags.out).mkdir(parents=True, exist_ok=True)
+    with picture(flags, "compare", len(CURVES), (15, 3.2)) as axes:
+        for axis, column in zip(axes, CURVES):
+            for run, log in logs.items():
+                draw_curve(axis, log, "step", column, Path(run).name)
+            axis.set(xlabel="RL step", ylabel=column)
+        axes[0].legend(fontsize=7)
+    table = []
+    for run, log in logs.items():
+        row = {"run": run, "steps": f"{log[-1]['step']:.0f}"}
+        for column in CURVES:
+            seen = [value for _, value in points(log, column)] or [float("nan")]
+            row[column] = f"{seen[0]:.3g} -> {seen[-1]:.3g}"
+        table.append(row | {"seconds": f"{sum(r['seconds'] for r in log):.0f}"})
+    print_table(table)
+    print(f"see {Path(flags.out, 'compare.png')}")
+
+
+main = script(study, __doc__, Flags)
+
+if __name__ == "__main__":
+    main()

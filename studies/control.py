@@ -1,0 +1,26 @@
+"""Does CISPO help where no fork was planted? Every response is a chain, learnt in part.
+
+python -m studies.control (9 minutes)
+"""
+
+from studies.algos import ALGORITHMS
+from studies.common import Study, script, show_study
+
+PLAN = Study(
+    "control",
+    "no planted fork: every response is a chain, learnt in part",
+    ALGORITHMS,
+    cold={"fork_prior": 1.0, "sft_skill": 1.0, "sft_steps": 200},
+    curves=("accuracy", "entropy", "ess"),
+)
+
+
+def study(flags):
+    """Run it, or read it; table and picture."""
+    return show_study(PLAN, flags)
+
+
+main = script(study, __doc__)
+
+if __name__ == "__main__":
+    main()

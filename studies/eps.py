@@ -1,0 +1,40 @@
+"""Which cap on CISPO's weight? The report never gave its value; ours is 5.
+
+python -m studies.eps           caps 2, 5, 8 and none (7 minutes)
+python -m studies.eps --fast    ... at a learning rate of 8e-4, where a cap acts at all
+"""
+
+from dataclasses import dataclass
+
+from studies.common import PRESSURE, RARE_FORK, Flags, Study, script, show_study
+
+CAPS = {f"cap {cap}": {"eps_high": float(cap) - 1} for cap in (2, 5, 8)}
+CAPS["cap none"] = {"eps_high": float("inf")}
+PLAN = Study("eps", "the cap on CISPO's weight", CAPS, cold=RARE_FORK)
+FAST = Study(
+    "eps-fast",
+    "the cap on CISPO's weight, at a learning rate of 8e-4, where it acts",
+    CAPS,
+    PRESSURE | {"lr": 8e-4},
+    RARE_FORK,
+    curves=("fork_rate", "accuracy", "ratio_max", "weight_clip_frac_high"),
+)
+
+
+@dataclass(frozen=True)
+class EpsFlags(Flags):
+    """Of all studies, and:"""
+
+    fast: bool = False
+    """at a learning rate of 8e-4"""
+
+
+def study(flags):
+    """Run it, or read it; table and picture."""
+    return show_study(FAST if flags.fast else PLAN, flags)
+
+
+main = script(study, __doc__, EpsFlags)
+
+if __name__ == "__main__":
+    main()

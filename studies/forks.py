@@ -1,0 +1,108 @@
+"""What does PPO's clip drop that CISPO keeps? One right answer, token by token, over 16 updates.
+
+python -m studies.forks (2 minutes)
+
+After a cold start every algorithm trains on the same rollouts from the same weights. Watched is the
+last of the best-rewarded responses that begin with the fork; it is trained on once.
+"""
+
+import tempfile
+from unittest import mock
+
+import cispo
+import tasks
+import train_rl
+from cli import torch
+from studies.common import by, draw_curve, picture, print_table, recorded, script, train_run
+
+
+def watch(algo, folder, settings):
+    """One RL step of an algorithm from a cold start: rows of forks.csv."""
+    seen, collect, policy_loss = {"logp": [], "turn": 0}, train_rl.collect, cispo.policy_loss
+
+    def watched_collect(model, tokenizer, *rest):
+        batch, told = collect(model, tokenizer, *rest)
+        if batch is None:
+            raise ValueError("no group of responses earned unequal rewards: nothing to watch")
+        fork = tokenizer.encode(tasks.FORK)[0]
+        first = batch.trained.int().argmax(1, keepdim=True)
+        value = batch.rewards + 10 * (batch.tokens[:, 1:].gather(1, first)[:, 0] == fork)
+        i = int((value == value.max()).nonzero()[-1])
+        one = type(batch)(*(x if x is None else x[i : i + 1] for x in batch))
+        seen.update(model=model, one=one, i=i, tokenizer=tokenizer)
+        return batch, told
+
+    def now():
+        with torch.no_grad():
+            logp, _, _ = train_rl.trained_logp(seen["model"], seen["one"])
+        seen["logp"].append(logp[seen["one"].trained])
+
+    def watched_loss(logp, *rest):
+        now()  # before each update
+        seen["i"] -= len(logp)
+        seen["turn"] += seen["i"] >= 0
+        return policy_loss(logp, *rest)
+
+    with (
+        mock.patch.object(train_rl, "collect", watched_collect),
+        mock.patch.object(cispo, "policy_loss", watched_loss),
+    ):
+        train_run(f"{folder}/{algo}", settings | {"algo": algo, "init": f"{folder}/cold"})
+    now()  # and after the last
+    ids, logp, rows = seen["one"].tokens[:, 1:][seen["one"].trained].tolist(), seen["logp"], []
+    for update, new in enumerate(logp):
+        for position, (token, before, after) in enumerate(zip(ids, logp[0], new)):
+            row = {"algo": algo, "turn": seen["turn"] + 1, "update": update, "position": position}
+            row["token"] = repr(seen["tokenizer"].decode([token]))
+            row["probability"] = f"{before.exp():.4g}"
+            rows.append(row | {"ratio": f"{(after - before).exp():.4g}"})
+    return rows
+
+
+def watch_all(quick):
+    """Rows of forks.csv: algo, turn (the update that trains on the response), update, ..."""
+    few = {"eval_problems": 6, "eval_samples": 1} if quick else {}
+    with tempfile.TemporaryDirectory() as folder:
+        cold = {"fork_prior": 0.05, "steps": 0} | ({"sft_steps": 40} if quick else {})
+        train_run(f"{folder}/cold", few | cold)
+        settings = few | {"updates_per_rollout": 16, "steps": 1, "lr": 1e-3}  # warm-up: lr / 5
+        runs = [watch(algo, folder, settings) for algo in ("cispo", "dapo", "grpo")]
+    return [row for rows in runs for row in rows]
+
+
+def study(flags):
+    """Run it, or read it; picture, table and sentence."""
+    rows = recorded(flags, "forks", watch_all)
+    updates = by(by(rows, "algo")["cispo"], "update")  # {update: row of every token}
+    start, turn, n = updates[0], int(rows[0]["turn"]), int(max(updates))
+    names = [str(row["token"]).replace("<end_of_sentence>", "end") for row in start]
+    fork = by([row for row in rows if row["position"] == 0], "algo")
+    with picture(flags, "forks", 2, (11, 3.8), width_ratios=(3, 2)) as (left, right):
+        grid = [[row["ratio"] for row in updates[update]] for update in range(1, n + 1)]
+        image = left.imshow(grid, norm="log", aspect="auto", cmap="RdBu_r", vmin=0.5, vmax=2)
+        left.axhspan(turn - 2.5, turn - 1.5, fill=False, lw=2)
+        labels = [f"{name}\np {row['probability']:.2g}" for name, row in zip(names, start)]
+        left.set_xticks(range(len(labels)), labels, fontsize=8)
+        left.set_yticks(range(n), range(1, n + 1), fontsize=7)
+        left.set(title="one response under CISPO; box: what its own update sees")
+        left.set_ylabel("after update")
+        ratio = {"label": "ratio to the old policy", "ticks": [0.5, 1, 2], "format": "{x:g}"}
+        left.figure.colorbar(image, **ratio).minorticks_off()
+        for algo, its_rows in fork.items():
+            draw_curve(right, its_rows, "update", "ratio", algo)
+        right.axhline(1.28, color="gray", ls=":", label="DAPO's clip (GRPO's: 1.2)")
+        right.axvline(turn - 1, color="black", lw=1, label="what its own update sees")
+        right.set(title=f"the fork token {names[0]}", xlabel="update", ylabel="ratio")
+        right.legend(fontsize=8)
+    print_table(updates[n], {c: f"{{{c}}}" for c in ("token", "probability", "ratio")})
+    moved = {algo: its_rows[turn - 1]["ratio"] for algo, its_rows in fork.items()}
+    told = f"token, of probability {start[0]['probability']:.3f}, by x {moved['dapo']:.2f} (dapo: "
+    told += f"dropped above 1.28), x {moved['grpo']:.2f} (grpo: above 1.2), x {moved['cispo']:.2f} "
+    print(f"This response is trained on in update {turn}. By then others have moved its fork")
+    print(f"{told}(cispo: always trained on).")
+
+
+main = script(study, __doc__)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,451 @@
+"""Proof of the studies: their arithmetic, and that every number written is what their CSVs say."""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from unittest import mock
+
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in child processes
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when lightning_attn defines its kernels
+
+import cispo
+import experience
+import model as m1
+import runlog
+import sample
+import tasks
+import train_rl
+from checkpoint import load_pretrained
+from cli import flat
+from studies import adam, algos, budget, common, control, eps, forks, hybrid, precision, windows
+from studies import balance as balance_study
+from studies import compare as compare_runs
+from studies import main as main_job
+
+HERE = Path(__file__).parent
+FIGURES = HERE.parent / "figures"
+README = " ".join((HERE / "README.md").read_text().split())
+TOP = (HERE.parent / "README.md").read_text()
+PLANS = [algos.PLAN, control.PLAN, eps.PLAN, eps.FAST, precision.PLAN, adam.PLAN]
+PLANS += [balance_study.PLAN, windows.PLAN]
+
+
+def printed(capsys, main, *argv):
+    capsys.readouterr()
+    main(list(argv))
+    return capsys.readouterr().out
+
+
+# ---- what is written is what the committed CSVs say
+
+STUDIES = {
+    "algos": (algos, []),
+    "algos --full": (algos, ["--full"]),
+    "control": (control, []),
+    "eps": (eps, []),
+    "eps --fast": (eps, ["--fast"]),
+    "precision": (precision, []),
+    "adam": (adam, []),
+    "balance": (balance_study, []),
+    "windows": (windows, []),
+    "hybrid": (hybrid, []),
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_intervals_of_the_claim_table_are_those_that_its_commands_print(name, tmp_path, capsys):
+    lines = (HERE / "README.md").read_text().splitlines()
+    claims = "".join(line.split("|")[-2] for line in lines if f"| `studies.{name}` |" in line)
+    intervals = re.findall(r"[-\d.e]+ \[[^]]+\](?!\()", claims)
+    for file in FIGURES.glob("*.csv"):
+        shutil.copy(file, tmp_path)
+    module, more = STUDIES[name]
+    said = printed(capsys, module.main, "--redraw", "--out", str(tmp_path), *more)
+    assert len(intervals) >= (name != "precision")
+    assert not [x for x in intervals if x not in said]
+    assert list(tmp_path.glob("*.png"))
+    if name == "precision":
+        gaps = re.findall(r"mean (\S+), at worst in a step (\S+)", said)
+        (a, b), (c, d) = gaps
+        assert f"{a} (fp32) and {c} (bf16), at worst in a step by {b} and {d}" in README
+
+
+def test_the_rule_for_when_cispo_helps_is_what_the_map_prints(capsys, tmp_path):
+    shutil.copy(FIGURES / "algos-map.csv", tmp_path)
+    said = printed(capsys, algos.main, "--full", "--redraw", "--out", str(tmp_path))
+    rule = r"over dapo's they follow .* correlation -(\S+); (.*) below 2 %, (.*) from 10 % on"
+    fit, few, many = re.search(rule, said).groups()
+    assert f"less than 2 % of the tokens, CISPO takes {few} of DAPO's steps, from 10 % on" in README
+    assert f"from 10 % on {many} (correlation −{fit} over the settings" in README
+    lowest = dict(re.findall(r"steps to (\w+ \S+ over [^:]+)'s, lowest in a .*: (\S+) \(", said))
+    a, b = (lowest[f"{goal} over dapo"] for goal in ("fork_rate 0.5", "accuracy 0.7"))
+    assert f"accuracy or more: {a} to 50 % forks, {b} to 70 % accuracy (beside DAPO)" in README
+    alike = min(float(x) for x in re.findall(r"over reinforce's, lowest in .*: (\S+) \(", said))
+    assert f"takes the same steps (lowest median ratio {alike})" in README
+    rows = common.read_csv(FIGURES / "algos-map.csv")
+    runs = common.by(rows, "fork_prior", "updates_per_rollout", "lr", "algo")
+    ends = [[r["final"] for r in runs[0.01, 16, 8e-4, a]] for a in ("cispo", "reinforce", "dapo")]
+    text = "CISPO's five runs end at {}, REINFORCE's at {}, DAPO's at {}."
+    assert text.format(*(f"{min(x):.2f} to {max(x):.2f}" for x in ends)) in README
+    assert f"{len(rows)} runs" in README
+
+
+def test_the_table_of_the_main_job_is_that_of_the_committed_logs_and_all_seeds_learn():
+    rows = runlog.read_log(FIGURES / "main.csv")
+    assert [row["seed"] for row in rows] == list(main_job.SEEDS)
+    for row in rows:
+        log = runlog.read_log(FIGURES / f"main-seed{row['seed']:.0f}.csv")
+        start, end = log[0]["accuracy"], log[-1]["accuracy"]
+        assert end >= 0.80 and end - start >= 0.50
+        assert (row["accuracy_start"], row["accuracy_end"]) == (start, pytest.approx(end, abs=1e-6))
+        line = f"| {row['seed']:.0f} | {start:.3f} → {end:.3f} | {row['fork_rate_start']:.2f} → "
+        line += f"{row['fork_rate_end']:.2f} | {row['length_start']:.1f} → "
+        assert line + f"{row['length_end']:.1f} tokens |" in TOP
+        crossing = range(1, int(common.steps_to(log, "fork_rate")) + 2)
+        assert max(log[t].get("ppo_would_drop_frac", 0) for t in crossing) < 0.012  # README's word
+
+
+def test_single_numbers_of_the_claim_table_are_those_of_the_committed_csv_files():
+    sizes = common.read_csv(FIGURES / "adam-gradients.csv")
+    below = sum(row["share"] for row in sizes if row.get("exponent", 0) < -8)
+    said = [f"{below:.1%} of a tiny model's".replace("%", " %")]
+    cosine = common.bootstrap([row["cosine"] for row in sizes if "cosine" in row])[0]
+    said.append(f"median cosine {cosine:.2f}")
+    fork = [r for r in common.read_csv(FIGURES / "forks.csv") if r["position"] == 0]
+    fork = [row for row in fork if row["algo"] == "dapo"]
+    ratio = next(row["ratio"] for row in fork if row["update"] == row["turn"] - 1)
+    said.append(f"when update {fork[0]['turn']:.0f} trains on this answer")
+    said.append(f"made the fork likelier by x {ratio:.2f} under DAPO")
+    curves = common.by(common.read_csv(FIGURES / "budget.csv"), "window", "budget")
+    ends = [curves[w, b] for w in (12, 8) for b in (1, 10)]
+    ends = [np.median([row["accuracy"] for row in rows]) for rows in ends]
+    text = "accuracy {:.3f} → {:.3f} once a run's window has grown to 12 tokens, {:.3f} → {:.3f}"
+    said.append(text.format(*ends))
+    fast = [r for r in common.read_csv(FIGURES / "eps-fast.csv") if "weight_clip_frac_high" in r]
+    fast = common.by([r for r in fast if r["setting"] == "cap 5"], "seed").values()
+    capped = np.median([common.mean(log, "weight_clip_frac_high") for log in fast])
+    said.append(f"a cap of 5 acts on {capped:.2%} of tokens".replace("%", " %"))
+    layers = common.read_csv(FIGURES / "hybrid.csv")
+    layers = common.by(layers, "task", "softmax_every", "pairs")
+    learnt = [sum(r["accuracy"] >= 0.9 for r in layers["far", n, 2]) for n in hybrid.RATIOS]
+    assert learnt == [2, 2, 2, 2, 5]
+    said.append("32 characters later 2 of 5 seeds")
+    assert not [line for line in said if line not in README]
+
+
+def test_the_papers_index_names_functions_and_tests_that_exist():
+    text = (HERE / "PAPER.md").read_text()
+    named = re.findall(r"`(\w+)\.py::(\w+)(?:\.(\w+))?`", text)
+    assert len(named) >= 50
+    for file, name, attribute in named:
+        places = (HERE.parent / f"{file}.py", HERE / f"{file}.py")
+        source = next(path for path in places if path.exists()).read_text()
+        assert re.search(rf"^(def |class )?{name}\b", source, re.M), f"{file}::{name}"
+        assert not attribute or re.search(rf"    def {attribute}\b|^    \w+ = ", source, re.M)
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", text + (HERE / "README.md").read_text()):
+        assert (HERE / path).exists(), path
+
+
+# ---- arithmetic
+
+
+def test_a_study_measures_steps_areas_and_intervals_as_stated():
+    curve = ((0, 0.0), (2, 0.4), (4, 0.8), (6, 0.6))
+    run = [{"step": s, "x": v} for s, v in curve] + [{"step": 7}]
+    assert (
+        common.steps_to(run, "x", 0.6) == pytest.approx(3) and common.steps_to(run, "x", 0.4) == 2
+    )
+    assert common.steps_to(run, "x", 0.9) == 7  # never: one step more than the last measurement
+    assert common.area(run, "x") == pytest.approx((0.4 + 1.2 + 1.4) / 6)
+    assert common.last(run, "x") == 0.6
+    median, low, high = common.bootstrap([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (median, low) == (3.0, 1.0) and high in (4.0, 100.0)
+    assert common.bootstrap([5.0] * 5) == (5.0, 5.0, 5.0)
+
+
+def test_what_a_setting_changes_is_told_seed_by_seed_beside_the_first_or_the_one_named():
+    def runs(*ends):
+        return [[{"step": 0, "accuracy": 0.0}, {"step": 2, "accuracy": end}] for end in ends]
+
+    logs = {"a": runs(0.5, 0.6, 0.7), "b": runs(0.6, 0.7, 0.8)}
+    logs |= {"c": runs(0.6, 0.5, 0.7), "d": runs(0.5, 0.4, 0.6)}
+    b, c, d = common.compare(logs, {"d": "c"}).splitlines()
+    end = "+0.100 [+0.100, +0.100], all seeds agree."
+    area = "area under accuracy +0.050 [+0.050, +0.050], all seeds agree"
+    assert b == f"b beside a: {area}; final accuracy {end}"
+    assert c.startswith("c beside a: ") and c.count("seeds disagree") == 2
+    assert d.startswith("d beside c: ") and d.endswith(end.replace("+", "-"))
+
+
+def test_the_best_learning_rate_of_a_seed_is_chosen_by_the_others():
+    areas = {1: (9, 0, 2), 2: (1, 1, 3)}
+    sweep = {lr: [{"area": x, "lr": lr} for x in its] for lr, its in areas.items()}
+    assert [run["lr"] for run in algos.at_best(sweep)] == [2, 1, 1]  # by all three 1 would win
+
+
+def test_the_map_of_the_regime_divides_cispos_steps_by_the_others_seed_by_seed(capsys, tmp_path):
+    rows = []
+    for prior, k, lr in itertools.product(algos.PRIORS, (1, *algos.UPDATES), algos.RATES):
+        for algo, seed in itertools.product(algos.ALGORITHMS if k > 1 else ["any"], range(3)):
+            steps = {"dapo": 20, "grpo": 40, "grpo, clip alone": 30}.get(algo, 10) + seed
+            row = {"fork_prior": prior, "updates_per_rollout": k, "lr": lr, "algo": algo}
+            row |= {"seed": seed, "area": 1 - abs(lr - 4e-4), "final": 0.9, "peak_drop": 100 * lr}
+            steps += 5 * (algo not in ("cispo", "any") and lr > 1e-3)
+            rows.append(row | {"steps_fork_rate": steps, "steps_accuracy": 37})
+    common.write_csv(tmp_path / "algos-map.csv", rows)
+    said = printed(capsys, algos.main, "--full", "--redraw", "--out", str(tmp_path))
+    assert "0.524 [0.5, 0.545]" in said and "0.268 [0.25, 0.286]" in said  # 11 of 21, 11 of 41
+    assert "at 1, 4, 16 updates per rollout and rates of 0.0004, 0.0004, 0.0004" in said
+    assert "CISPO takes 11 [10, 12], 11 [10, 12], 11 [10, 12] steps" in said
+    log = [{"step": s, "accuracy": s / 10, "fork_rate": s / 10} for s in range(11)]
+    log[3]["ppo_would_drop_frac"], log[9]["ppo_would_drop_frac"] = 0.2, 0.9
+    kept = algos.summary(log)  # drops that come when forks are common already do not count
+    assert (kept["steps_fork_rate"], kept["peak_drop"]) == ("5", "0.2")
+
+
+def test_negative_gradient_is_told_for_the_late_half_of_every_window():
+    row = {"negative_early": 0.5, "negative_late": 0.7}
+    staged = [{"step": 1, "window": 8, **row}, {"step": 2, "window": 12, "negative_late": 0.2}]
+    at_once = [{"step": 1, "negative_late": 0.1}, {"step": 60, "negative_late": 0.3}]
+    said = windows.negative_by_window({"staged": [staged], "at once": [at_once]})
+    assert "0.7 [0.7, 0.7] in a window of 8, 0.2 [0.2, 0.2] in a window of 12 tokens" in said
+    assert "0.1 [0.1, 0.1] in steps 1 to 10, 0.3 [0.3, 0.3] in steps 51 to 60" in said
+
+
+# ---- runs
+
+
+def test_every_study_has_settings_that_train_rl_knows_and_can_run():
+    for plan in PLANS:
+        for own in plan.settings.values():
+            wanted = plan.flags | own
+            assert wanted.keys() | plan.cold.keys() <= flat(train_rl.Flags()).keys(), plan.name
+            common.unflat(train_rl.Flags, wanted)
+    common.unflat(train_rl.Flags, budget.STAGED)
+    with pytest.raises(ValueError, match="no setting stepz"):
+        common.train_run("nowhere", {"stepz": 3})
+
+
+@contextlib.contextmanager
+def code_restored():
+    """What studies change in the code of their own processes is as it was at the end."""
+    changed = [(train_rl, "ADAM_EPS"), (m1.MiniMaxM1, "head"), (m1.MoE, "__init__")]
+    with contextlib.ExitStack() as stack:
+        for owner, name in [*changed, (tasks.Curriculum, "observe")]:
+            stack.enter_context(mock.patch.object(owner, name, getattr(owner, name)))
+        stack.enter_context(mock.patch.dict(m1.PRESETS["tiny"]))
+        stack.enter_context(mock.patch.object(runlog, "draw_curves"))
+        yield
+
+
+def one_after_another(function, jobs, title):
+    """common.in_processes, here and now."""
+    found = []
+    for job in jobs:
+        with code_restored():
+            found.append(function(*job))
+    return found
+
+
+def test_a_study_runs_every_setting_from_one_cold_start_and_its_changes_act(tmp_path, capsys):
+    plan = dataclasses.replace(precision.PLAN, curves=("fork_rate", "accuracy"))
+    flags = common.Flags(out=str(tmp_path), quick=True)
+    with mock.patch.object(common, "in_processes", one_after_another):
+        common.show_study(plan, flags)
+    rows = common.read_csv(tmp_path / "precision.csv")
+    found = [(row["setting"], row["seed"], row["step"]) for row in rows]
+    assert found == list(itertools.product(plan.settings, [0], range(3)))
+    assert len({row["accuracy"] for row in rows if row["step"] == 0}) == 1
+    said = capsys.readouterr().out
+    common.show_study(plan, dataclasses.replace(flags, redraw=True))
+    assert capsys.readouterr().out == said and (tmp_path / "precision.png").stat().st_size > 5000
+
+
+def test_changes_of_the_code_do_what_they_are_named_after():
+    with code_restored():
+        balance_study.experts(0.25, 1.25)
+        model = m1.MiniMaxM1(m1.M1Config.preset("tiny"))
+        assert model.config.router_aux_loss_coef == 0.25
+        assert {layer.block_sparse_moe.capacity for layer in model.layers} == {1.25}
+        precision.bf16_head()
+        logits = model(torch.tensor([[65, 66]]))
+        assert torch.equal(logits, logits.bfloat16().float()) and logits.dtype == torch.float32
+        adam.set_eps(1e-8)
+        assert train_rl.make_optimizer(model).param_groups[0]["eps"] == 1e-8
+        windows.jump(4)
+        curriculum, opened = tasks.Curriculum(tasks.Mix(), tasks.Growth(windows="8,10,12")), []
+        for _ in range(6):
+            opened.append(curriculum.limit)  # of steps 1 to 6
+            curriculum.observe({"correct": 0.0})
+        assert opened == [8, 8, 8, 12, 12, 12]
+
+
+def test_a_run_whose_numbers_overflow_counts_as_it_stood_and_any_other_failure_ends_the_study(
+    tmp_path,
+):
+    def pretend(out, settings, change):
+        Path(out).mkdir()
+        Path(out, "log.csv").write_text("step,accuracy,fork_rate\n0,0.2,\n3,0.5,0.4\n")
+        raise ValueError(why)
+
+    with mock.patch.object(common, "train_run", pretend):
+        why = "stopped in step 4: logp is not finite for 3 tokens"
+        rows = common._run("a", 0, str(tmp_path / "a"), {"steps": 9}, None)
+        assert [(row["step"], row["accuracy"]) for row in rows] == [(0, 0.2), (3, 0.5), (9, 0.5)]
+        why = "killed"
+        with pytest.raises(ValueError, match="killed"):
+            common._run("a", 0, str(tmp_path / "b"), {"steps": 9}, None)
+
+
+def test_forks_follows_one_response_through_its_updates(tmp_path):
+    rng = random.Random(0)
+
+    def score(problem, text, ended):
+        return tasks.Score(rng.random(), False, False, False)
+
+    few = {"sft_steps": 2, "eval_problems": 6, "eval_samples": 1, "fork_prior": 0.5}
+    settings = {"steps": 1, "updates_per_rollout": 4, "prompts": 4, "moves": 2, "lr": 1e-2}
+    with mock.patch.object(tasks, "score", score), mock.patch.object(runlog, "draw_curves"):
+        common.train_run(tmp_path / "cold", few | {"steps": 0, "moves": 2})
+        few.pop("sft_steps"), few.pop("fork_prior")
+        rows = forks.watch("cispo", tmp_path, settings | few)
+    assert [row["update"] for row in rows if row["position"] == 0] == list(range(5))
+    assert all(float(row["ratio"]) == 1 for row in rows if row["update"] == 0)
+    assert any(float(row["ratio"]) != 1 for row in rows if row["update"] == 1)
+    assert {row["turn"] for row in rows} <= {1, 2, 3, 4}
+
+
+def test_compare_lays_runs_side_by_side_and_names_what_is_no_run(tmp_path, capsys):
+    for i in range(2):
+        (tmp_path / f"r{i}").mkdir()
+        shutil.copy(FIGURES / f"main-seed{i}.csv", tmp_path / f"r{i}/log.csv")
+    argv = [str(tmp_path / "r0"), str(tmp_path / "r1"), "--out", str(tmp_path)]
+    said = printed(capsys, compare_runs.main, *argv)
+    assert "0.25 -> 0.993" in said and (tmp_path / "compare.png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match="2"):
+        compare_runs.main([str(tmp_path)])
+    assert "has no log.csv" in capsys.readouterr().err
+
+
+# ---- nine mistakes that people make when they rebuild M1, and the error that each makes
+
+
+@torch.no_grad()
+def logp_error():
+    """max |log-prob - released|, nats"""
+    given = np.load(HERE.parent / "parity/expected.npz")
+    names = [f"{n}_{x}" for x in ("ids", "logits") for n in ("long", "short")]
+    long, short, *released = (torch.from_numpy(given[name]) for name in names)
+    tokens, mask = sample.left_pad([*long, *short], 0, "cpu")
+    ours = load_pretrained(HERE.parent / "parity")(tokens, mask=mask)[mask]
+    right = torch.cat([x.flatten(0, 1) for x in released]).log_softmax(-1)
+    return float((ours.log_softmax(-1) - right).abs().max())
+
+
+@torch.no_grad()
+def ratio_error():
+    """max |pi / pi_rollout - 1| at the start"""
+    model, prompts = load_pretrained(HERE.parent / "parity"), torch.arange(64).view(8, 8).tolist()
+    kw = dict(max_new_tokens=16, temperature=0.7, eos_id=-1, seed=0)
+    rollout = sample.generate(model, prompts, **kw)
+    tokens, mask = rollout.tokens.tolist(), rollout.mask.tolist()
+    batch = experience.make_batch(prompts, tokens, mask, "cpu")
+    logp, _, _ = experience.trained_logp(model, batch, 0.7)
+    return float((logp[batch.trained] - rollout.logp[rollout.mask]).expm1().abs().max())
+
+
+def fork_error():
+    """|fork rate taught - asked for|"""
+    byte, flags = sample.Tokenizer.byte(), train_rl.Flags()
+    batch = train_rl.demonstrations(flags, random.Random(0), byte, 10_000, "cpu")
+    learned = batch.tokens[:, 1:][batch.trained]
+    forks, guesses = (int((learned == ord(x)).sum()) for x in (tasks.FORK, tasks.GUESS))
+    return abs(forks / (forks + guesses) - flags.cold.fork_prior)
+
+
+def advantage_error():
+    """max |mean advantage of a group|"""
+    rewards = torch.ones(8, 8).tril(-1).flatten()  # eight prompts: 0 to 7 of 8 answers are right
+    return float(cispo.group_advantages(rewards, 8).view(8, 8).mean(1).abs().max())
+
+
+def weight_error():
+    """gradient lost when padding is added"""
+    mask = torch.arange(8) < torch.tensor([[3], [8]])
+    gradient, padded = (cispo.token_weights(F.pad(mask, (0, n))).sum() for n in (0, 8))
+    return float(1 - padded / gradient)
+
+
+def bf16_head(right, model, hidden):
+    return F.linear(hidden.bfloat16(), model.lm_head.weight.bfloat16()).to(hidden.dtype)
+
+
+def unmasked(right, self, u, at, *state):
+    return right(self, u, dataclasses.replace(at, mask=None, continues=False), *state)
+
+
+def linear_slopes(right, H, layer, n_layers, device):
+    return 8 * torch.arange(1, H + 1) / H * (1 - layer / (n_layers - 1) + 1e-5)
+
+
+def whole_rope(right, positions, c, dtype):
+    return right(positions, dataclasses.replace(c, rotary_dim=c.head_dim), dtype)
+
+
+def same_slopes(right, H, layer, n_layers, device):
+    return right(H, 0, n_layers, device)
+
+
+def without_temperature(right, model, batch, temperature):
+    return right(model, batch)
+
+
+def learned_forks(right, *args):
+    return right(*args)[0], 0
+
+
+def over_the_batch(right, rewards, group_size):
+    return right(rewards, len(rewards))
+
+
+def over_padding(right, mask):
+    return right(torch.ones_like(mask)) * mask
+
+
+MISTAKES = {
+    "rope on the whole head": (logp_error, m1, "rope_tables", whole_rope),
+    "slopes linear in the head": (logp_error, m1, "_slopes", linear_slopes),
+    "slopes alike in all layers": (logp_error, m1, "_slopes", same_slopes),
+    "padding enters the state": (logp_error, m1.LightningAttention, "forward", unmasked),
+    "logits in bf16": (logp_error, m1.MiniMaxM1, "head", bf16_head),
+    "temperature in rollouts only": (ratio_error, experience, "trained_logp", without_temperature),
+    "planted forks carry loss": (fork_error, tasks, "demonstration", learned_forks),
+    "advantage over the batch": (advantage_error, cispo, "group_advantages", over_the_batch),
+    "token mean over padding": (weight_error, cispo, "token_weights", over_padding),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_far_off_and_the_code_is_right_before_and_after(mistake):
+    measure, owner, name, wrong = MISTAKES[mistake]
+    before, right = measure(), getattr(owner, name)
+    with mock.patch.object(owner, name, lambda *args, **kw: wrong(right, *args, **kw)):
+        planted = measure()
+    assert abs(before) < 0.01 and planted > 0.02 and planted > 50 * abs(before)
+    assert measure() == before
+    rows = common.read_csv(FIGURES / "traps.csv")  # which test of test_m1.py turned red for each
+    row = next(row for row in rows if row["mistake"] == mistake)
+    assert row["turns"] == "red" and row["error"] == measure.__doc__
+    assert f"def {row['test']}(" in (HERE.parent / "test_m1.py").read_text()
