@@ -58,7 +58,7 @@ def parse(flags, argv, description, default=None):
         with contextlib.redirect_stderr(said), _wide_terminal():
             return read()
     except SystemExit:
-        text = re.sub(r"[─╭╮╰╯]+", " ", said.getvalue()).partition("For full helptext")[0]
+        text = re.sub(r"[─╭╮╰╯]+|-{5,}", " ", said.getvalue()).partition("For full helptext")[0]
         text = re.sub(r"Error parsing [\w -]+: (?=--)", "", text.partition("Argument helptext")[0])
         lines = [line.strip(" │") for line in text.splitlines()]
         message = " ".join(" ".join(line.split()) for line in lines[1:] if line)

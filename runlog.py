@@ -225,6 +225,8 @@ def reopen(folder, optimizer, device, last_step):
     cut = {}
     for file in (folder / "log.csv", folder / "dropped.csv"):
         header, *lines = file.read_text().splitlines(keepends=True) or [""]
+        if header.rstrip("\n").split(",") not in (COLUMNS, DROPPED):
+            raise ValueError(f"{file} has lost its header; mend or remove it")
         try:
             kept = [x for x in lines if x.endswith("\n") and int(x.partition(",")[0]) <= step]
         except ValueError:
@@ -293,13 +295,14 @@ def finish(run, samples, title, compare):
     others = reference_logs() if compare else []
     draw_curves(log, folder / "curves.png", title, others)
     seed = m1.read_json(folder / "run.json")["flags"]["seed"]
-    summary = {"seed": seed, "steps": int(log[-1]["step"]), "seconds": round(run.seconds, 1)}
+    spent = run.seconds
+    summary = {"seed": seed, "steps": int(log[-1]["step"]), "seconds": round(spent, 1)}
     for name in ("accuracy", "pass_k", "greedy", "eval_fork_rate", "eval_length"):
         short = name.removeprefix("eval_")
         summary |= {f"{short}_start": log[0][name], f"{short}_end": log[-1][name]}
     parts = {part: sum(row.get(part, 0) for row in log) for part in TIMES}
-    parts["other_s"] = run.seconds - sum(parts.values())  # the cold start above all, and files
-    summary |= {part: round(spent, 1) for part, spent in parts.items()}
+    parts["other_s"] = spent - sum(parts.values())  # the cold start above all, and files
+    summary |= {part: round(seconds, 1) for part, seconds in parts.items()}
     write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     told = "held-out accuracy {accuracy_start:.3f} -> {accuracy_end:.3f}, fork rate "
     told += "{fork_rate_start:.2f} -> {fork_rate_end:.2f}, length {length_start:.1f} -> "

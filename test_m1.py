@@ -1175,7 +1175,7 @@ def test_an_update_is_adamw_on_the_formula_worked_out_by_hand(tmp_path):
             by_hand.step()
     pairs = zip(trained.parameters(), model.parameters())
     assert all(relative_error(a, b) < 1e-4 for a, b in pairs)
-    assert norm > 0.05 and log[2]["updates"] == 2 and log[2]["weight_clip_frac_high"] > 0
+    assert norm > 0.05 and log[2]["updates"] == 2 and log[2]["weight_clip_frac_low"] > 0
 
 
 def test_rates_of_rl_fit_the_width_and_warm_up_to_their_cap_and_stay_there(tmp_path, capsys):
@@ -1259,8 +1259,7 @@ def test_only_the_main_job_is_laid_beside_the_reference_seeds(run, tmp_path, cap
     for compare, n in ((False, 0), (True, len(list(HERE.glob("figures/main-seed*.csv"))))):
         runlog.finish(runlog.Run(tmp_path / "a", 3), "", "title", compare)
         told = capsys.readouterr().out
-        n_lines = told.count(f"reference, {n} seeds of ours: acc")
-        assert n_lines == told.count("reference,") == compare
+        assert told.count("reference,") == told.count(f"e, {n} seeds of ours: ac") == compare
     same = dict(eval_fork_rate=1, eval_length=9)
     logs = [[same | dict(accuracy=x) for x in log] for log in ([0.2, 0.9], [0.1, 1])]
     assert "accuracy 0.10..0.20 -> 0.90..1.00, fork rate 1.00..1.00 ->" in runlog.reference(logs)
@@ -1986,9 +1985,13 @@ sample | --model parity --top-p 0 / --model parity --top-p 1.5 | FLAG must be a 
 sample | --model parity --temperature -1 / --model parity --seed -1 | FLAG must be a number from 0
 sample | --model parity --think-budget -1 | FLAG must be a number from 0
 sample | --model parity --max-new-tokens 0 / --model parity --n 0 | FLAG must be a number from 1
+bench | speed | choose from flops, length
+bench | flops --outt x | --out
+bench | flops --out LICENSE/x | LICENSE
+bench | forms --quick | keep them out: --out DIR
 """  # script | flags / other flags | what the one line says, FLAG = the last one
 BAD_CASES = [
-    [script, flags, message.replace("FLAG", re.findall("--[a-z-]+", flags)[-1])]
+    [script, flags, message.replace("FLAG", ["", *re.findall("--[a-z-]+", flags)][-1])]
     for line in BAD_FLAGS.strip().splitlines()
     for script, calls, message in [line.split(" | ")]
     for flags in calls.split(" / ")
@@ -2129,7 +2132,10 @@ def test_a_run_goes_on_without_what_it_began_from_and_remembers_its_cold_start(r
     for leftover in leftovers:
         leftover.mkdir()
     (third / ".latest.writing").write_text("half")
+    with open(third / "log.csv", "a") as file:
+        file.write("4,0.5\n5")  # killed before the checkpoint, and in the middle of a line
     resume(third, "--steps 4")
+    assert [row["step"] for row in untimed(third)] == [0, 1, 2, 3, 4]
     assert not any(x.exists() for x in (*leftovers, third / ".latest.writing"))
     learnt = m1.read_json(third / "run.json")["cold_start"]
     assert learnt.keys() == {"steps", "skill", "loss"} and learnt["steps"] == 12
