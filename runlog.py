@@ -294,9 +294,12 @@ def finish(run, samples, title, compare):
     write_file(folder / "samples.txt", before + after)
     others = reference_logs() if compare else []
     draw_curves(log, folder / "curves.png", title, others)
-    seed = m1.read_json(folder / "run.json")["flags"]["seed"]
+    record = m1.read_json(folder / "run.json")
     spent = run.seconds
-    summary = {"seed": seed, "steps": int(log[-1]["step"]), "seconds": round(spent, 1)}
+    summary = {"seed": record["flags"]["seed"], "steps": int(log[-1]["step"])}
+    summary["seconds"] = round(spent, 1)
+    if "cold_start" in record:
+        summary["cold_start_steps"] = record["cold_start"]["steps"]
     for name in ("accuracy", "pass_k", "greedy", "eval_fork_rate", "eval_length"):
         short = name.removeprefix("eval_")
         summary |= {f"{short}_start": log[0][name], f"{short}_end": log[-1][name]}

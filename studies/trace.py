@@ -7,13 +7,10 @@ FLOPs of the last of --context tokens; then the sums over all blocks. FLOPs: 2 p
 experts only), 4 per number of a state, 2 per number of a key or value and query head that meets it.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 
-from cli import command_line, parse, ranges
-from model import M1Config, MiniMaxM1, rounded
+from cli import command_line, parse
+from model import Flags, M1Config, MiniMaxM1, rounded
 
 # Blocks (L lightning, S softmax), operation, what it reads (a parameter of the block or the memory
 # of the sequence), shape of the result (the dimension key of model.py; n tokens, k experts a token)
@@ -81,19 +78,6 @@ def show_trace(models, context):
                 print(f"  {shape:>15} {result:>10} {rounded(n_bytes, 1024):>9}", end="")
                 print(f" {rounded(flops):>6}", end="")
             print()
-
-
-@dataclass(frozen=True)
-class Flags:
-    """What to show."""
-
-    preset: Literal["tiny", "small", "base", "m1"] = "tiny"
-    """model size, shown beside m1"""
-    context: int = 2**20
-    """tokens in the sequence"""
-
-    def __post_init__(self):
-        ranges(self, context=(1, 10**9))
 
 
 @command_line
