@@ -11,8 +11,10 @@ whatever reads one reads the other.
 
 import functools
 import json
+import math
 import os
 import pickle
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -22,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from model import M1Config, MiniMaxM1, read_json
+from cli import fits, read_json, read_text, short, writing
+from model import M1Config, MiniMaxM1
 
 # ============================================================================
 # 1. Names
@@ -58,26 +61,42 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def checkpoint_dir(path):
     """A run folder's newest checkpoint (its file `latest` names it), or the directory itself."""
-    path = Path(path)
-    pointer = path / "latest"
-    return path / pointer.read_text().strip() if pointer.is_file() else path
+    path, pointer = Path(path), Path(path, "latest")
+    if not pointer.exists():
+        return path
+    name = read_text(pointer, most=100).strip()
+    if not re.fullmatch(r"step-\d{6}", name):
+        raise ValueError(f"{pointer} must name a checkpoint such as step-000040, found {name!r}")
+    return path / name
+
+
+def saved_steps(folder):
+    """The checkpoints of a run, oldest first; what only looks like one is not ours."""
+    found = (x for x in Path(folder).iterdir() if re.fullmatch(r"step-\d{6}", x.name))
+    return sorted(x for x in found if x.is_dir() and not x.is_symlink())
 
 
 def load_pretrained(path, device="cpu", dtype=None):
     """Load a published MiniMax-M1 directory, or a run of train_rl, shard by shard.
 
     Peak memory: the model plus one tensor. Checkpoints of ours carry checksums, which are verified;
-    published ones have none. dtype None keeps every tensor's stored dtype; a given one casts all
-    but the router gates, which stay fp32 (fp64 in an fp64 model). Raises ValueError if the
-    directory, a shard, a name or a shape is not what the config promises.
+    published ones have none. dtype None keeps every tensor's stored dtype, which may differ from
+    one to the next; a given one casts all but the router gates, which stay fp32 (fp64 in an fp64
+    model). Raises ValueError if the directory, a shard, a name or a shape is not what the config
+    promises.
     """
     path = checkpoint_dir(path)
-    config = M1Config.from_json(path)
-    stored = _stored_tensors(path)
+    config, stored = M1Config.from_json(path), _stored_tensors(path)
+    least = 3 * config.num_hidden_layers * config.num_local_experts
+    if len(stored) < least:  # said before so many are built
+        said = f"config.json promises {least} tensors of experts, {len(stored)} tensors are there"
+        raise ValueError(f"{path} does not fit: {said}")
     with torch.device("meta"):
         model = MiniMaxM1(config)
     expected = {name: tuple(t.shape) for name, t in published_tensors(model).items()}
     _check_names(path, expected, {name: shape for name, (_, shape, _) in stored.items()})
+    files = sorted({file for file, _, _ in stored.values()})
+    check_sums(path, [file.name for file in files])
 
     for name, p in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
@@ -88,8 +107,6 @@ def load_pretrained(path, device="cpu", dtype=None):
         empty = nn.Parameter(torch.empty(p.shape, dtype=cast, device=device))
         setattr(model.get_submodule(owner), leaf, empty)
     views = published_tensors(model)
-    files = sorted({file for file, _, _ in stored.values()})
-    check_sums(path, [file.name for file in files])
     for file in files:
         with safe_open(file, framework="pt") as shard:
             for name in shard.keys():
@@ -97,29 +114,73 @@ def load_pretrained(path, device="cpu", dtype=None):
     return model
 
 
-def load_trainer(path, optimizer, device):
-    """Load trainer.pt of a checkpoint into the optimizer: (step, seconds, curriculum's state)."""
+def load_trainer(path, optimizer, curriculum, device):
+    """Load trainer.pt of a checkpoint into an optimizer and a tasks.Curriculum: (step, seconds)."""
     file = path / "trainer.pt"
     check_sums(path, [file.name])
-    damage = (pickle.UnpicklingError, RuntimeError, LookupError, EOFError, ValueError, TypeError)
+    how = "let the run's file `latest` name an older checkpoint"
     try:
         state = torch.load(file, map_location=device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"]), float(state["seconds"]), dict(state["curriculum"])
-    except (*damage, AttributeError):
-        how = "let the run's file `latest` name an older checkpoint"
+        if not fits(state, dict) or state.keys() != {"step", "seconds", "optimizer", "curriculum"}:
+            raise ValueError("it does not hold what a run saves")
+        step, seconds = state["step"], state["seconds"]
+        if not fits(step, int) or path.name != f"step-{step:06d}":
+            raise ValueError(f"it says that its step is {short(step)}")
+        if not fits(seconds, float) or not 0 <= seconds < 1e12:
+            raise ValueError(f"it says that the run took {short(seconds)} seconds")
+        _check_moments(state["optimizer"], optimizer)
+        curriculum.load_state_dict(state["curriculum"])
+    except (pickle.UnpicklingError, RuntimeError, LookupError, EOFError, AttributeError, TypeError):
         raise ValueError(f"{file} is damaged; {how}") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}; {how}") from None
+    optimizer.load_state_dict(state["optimizer"])
+    return step, seconds
+
+
+def _check_moments(state, optimizer):
+    """ValueError unless an AdamW state is one of this optimizer: fused kernels would trust it."""
+    own, parameters = optimizer.state_dict()["param_groups"], optimizer.param_groups[0]["params"]
+    rates, moments = [group["lr"] for group in state["param_groups"]], state["state"]
+    if not fits(rates, list[float]) or not all(0 <= rate < math.inf for rate in rates):
+        raise ValueError(f"its learning rate is {short(rates)}")
+    if [group | {"lr": own[0]["lr"]} for group in state["param_groups"]] != own:
+        raise ValueError("its optimizer has other settings")
+    if moments and moments.keys() != set(own[0]["params"]):  # none before the first update
+        raise ValueError("its optimizer has other parameters")
+    for number, found in moments.items():
+        p = parameters[number]
+        for name, like in {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}.items():
+            x = found[name]
+            same = (x.shape, x.stride(), x.dtype) == (like.shape, like.stride(), like.dtype)
+            if not same or not x.isfinite().all() or (name != "exp_avg" and (x < 0).any()):
+                raise ValueError(f"{name} of parameter {number} is not as AdamW leaves it")
+
+
+def _index(path):
+    """model.safetensors.index.json of a directory: ({tensor: shard}, {file: CRC-32}), or None."""
+    file = path / "model.safetensors.index.json"
+    if not file.exists():
+        return None, {}
+    index = read_json(file)
+    shards, metadata = index.get("weight_map"), index.get("metadata", {})
+    sums = metadata.get("crc32", {}) if isinstance(metadata, dict) else None
+    if not fits(shards, dict[str, str]) or not fits(sums, dict[str, int]):
+        found = short(index if shards is None else metadata)
+        raise ValueError(f"{file} is not a safetensors index: found {found}")
+    if wrong := [name for name in shards.values() if Path(name).name != name]:
+        raise ValueError(f"{file} names {short(wrong[0])}, which is no file of its directory")
+    return shards, sums
 
 
 def _stored_tensors(path):
     """{name: (file, shape, dtype)} from the headers of all shards of a directory."""
-    index = path / "model.safetensors.index.json"
-    try:
-        has_index = index.exists()
-        listed = read_json(index)["weight_map"].values() if has_index else ["model.safetensors"]
-        files = sorted({Path(name).name for name in listed})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not a safetensors index: {error!r}") from None
+    shards, _ = _index(path)
+    numbered = sorted(file.name for file in path.glob("model-*-of-*.safetensors"))
+    if shards is None and numbered:
+        missing = "model.safetensors.index.json"
+        raise ValueError(f"{path} is incomplete: it has {numbered[0]}, but no {missing}; copy it")
+    files = sorted({"model.safetensors"} if shards is None else set(shards.values()))
     stored = {}
     for file in (path / name for name in files):
         if not file.is_file():
@@ -160,11 +221,14 @@ def _check_names(path, expected, found):
 
 
 def check_sums(path, names):
-    """ValueError if a file is not what save_pretrained wrote; without a checksum, no check."""
-    index = path / "model.safetensors.index.json"
-    stored = read_json(index) if index.exists() else {}
-    sums = (stored.get("metadata") or {}).get("crc32", {})
+    """ValueError if a file is not what save_pretrained wrote. A directory with trainer.pt is ours
+    and has a checksum of every file; published ones have none.
+    """
+    _, sums = _index(path)
+    ours = (path / "trainer.pt").exists()
     for name in names:
+        if not (path / name).is_file() or (ours and name not in sums):
+            raise ValueError(f"{path / name} or its checksum is missing; copy the directory again")
         if name in sums and crc32(path / name) != sums[name]:
             wrong = f"{path / name} is damaged: its bytes are not those that were saved"
             raise ValueError(f"{wrong}; copy it again")
@@ -205,22 +269,22 @@ def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.writing-{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
     try:
-        for file, shard in zip(names, shards):
-            plain = torch.contiguous_format
-            tensors = {name: t.cpu().clone(memory_format=plain) for name, t in shard.items()}
-            save_file(tensors, draft / file, metadata={"format": "pt"})
-        total = sum(t.nbytes for shard in shards for t in shard.values())
-        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
-        if trainer_state is not None:
-            torch.save(trainer_state, draft / "trainer.pt")
-        sums = {file.name: crc32(file) for file in sorted(draft.iterdir())}
-        index = {"metadata": {"total_size": total, "crc32": sums}, "weight_map": weight_map}
-        (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        model.config.to_json(draft / "config.json")
-        draft.rename(path)  # atomic: before it there is no checkpoint, after it a whole one
-    except (SafetensorError, RuntimeError) as error:  # how these report a full disk
-        raise OSError(f"cannot write {path}: {error}") from None
+        with writing(path, SafetensorError, RuntimeError):
+            draft.mkdir()
+            for file, shard in zip(names, shards):
+                plain = torch.contiguous_format
+                tensors = {name: t.cpu().clone(memory_format=plain) for name, t in shard.items()}
+                save_file(tensors, draft / file, metadata={"format": "pt"})
+            total = sum(t.nbytes for shard in shards for t in shard.values())
+            weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+            if trainer_state is not None:
+                with open(draft / "trainer.pt", "wb") as content:
+                    torch.save(trainer_state, content)
+            sums = {file.name: crc32(file) for file in sorted(draft.iterdir())}
+            index = {"metadata": {"total_size": total, "crc32": sums}, "weight_map": weight_map}
+            (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            model.config.to_json(draft / "config.json")
+            draft.rename(path)  # atomic: before it there is no checkpoint, after it a whole one
     finally:
         shutil.rmtree(draft, ignore_errors=True)

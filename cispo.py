@@ -23,7 +23,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from cli import ranges, torch  # torch loads when it is first used
+from cli import check, torch  # torch loads when it is first used
 
 # ============================================================================
 # 1. The recipe
@@ -73,8 +73,12 @@ class Recipe:
 
     def __post_init__(self):
         some = (0, INF)  # so that no bound excludes r = 1
-        ranges(self, eps_low=some, eps_high=some, clip_low=some, clip_high=some)
-        ranges(self, overlong_buffer=(0, 10**7))
+        check(self, eps_low=some, eps_high=some, clip_low=some, clip_high=some)
+        check(self, overlong_buffer=(0, 10**7))
+        for name in ("eps_low", "eps_high", "clip_low", "clip_high"):
+            if 10**6 < (getattr(self, name) or 0) < INF:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} must be at most 1,000,000, or inf, which is no bound")
 
     def part(self, name):
         """A field of Algorithm: what was given, else what the algorithm brings."""
@@ -98,8 +102,8 @@ def _groups(values, group_size):
         need = f"(N,) values with N > 0 a multiple of the group size {group_size}"
         raise ValueError(f"need {need}, found {tuple(values.shape)}")
     groups = values.double().view(-1, group_size)
-    if not groups.isfinite().all():
-        raise ValueError("rewards must be finite")
+    if not (groups.abs() < 1e300).all():
+        raise ValueError("rewards must be finite, and below 1e300")
     return groups
 
 
@@ -111,10 +115,12 @@ def group_advantages(rewards, group_size, normalize_std=True):
     GRPO). Returns (N,) fp32, or fp64 for fp64 rewards.
     """
     groups = _groups(rewards, group_size)
+    if normalize_std:  # in units of the spread, so that no square over- or underflows
+        least = groups.amin(1, keepdim=True)
+        groups = (groups - least) / (groups.amax(1, keepdim=True) - least)
+        groups = groups / groups.std(1, correction=0, keepdim=True)
     advantages = groups - groups.mean(1, keepdim=True)
-    if normalize_std:
-        advantages = advantages / groups.std(1, correction=0, keepdim=True)
-    dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
+    dtype = torch.promote_types(rewards.dtype, torch.float32)
     flat = ~informative_groups(rewards, group_size)
     return advantages.masked_fill(flat[:, None], 0.0).flatten().to(dtype)
 
@@ -124,8 +130,9 @@ def informative_groups(rewards, group_size):
 
     Rewards equal up to rounding agree: the division by their std must not blow that up.
     """
-    groups = _groups(rewards, group_size)
-    return groups.amax(1) - groups.amin(1) > 1e-6 * groups.abs().amax(1)
+    groups, exact = _groups(rewards, group_size), not rewards.is_floating_point()
+    rounding = 0.0 if exact else 4 * torch.finfo(rewards.dtype).eps
+    return groups.amax(1) - groups.amin(1) > rounding * groups.abs().amax(1)
 
 
 def overlong_penalty(lengths, max_len, buffer):
@@ -231,6 +238,7 @@ def statistics(log_ratio, dropped, weights, recipe=Recipe()):
     """
     trained, (low, high) = weights > 0, recipe.bounds
     log_ratio, dropped = log_ratio[trained], dropped[trained]
+    log_ratio = log_ratio.clamp(max=88)  # e^88 and more: beyond fp32, so that means stay finite
     r, k1 = log_ratio.exp().double(), log_ratio.double()
     share = (log_ratio - log_ratio.max()).double().exp()  # r up to a factor, which cancels below
     measures = {

@@ -1,7 +1,9 @@
-"""Command lines of all scripts: a frozen dataclass is its flags, and a mistake is one line.
+"""What comes from outside, flags and files: a frozen dataclass is its flags, a mistake is one line.
 
     flags = parse(Flags, argv, text)    fields are flags, the strings under them their help
-    ranges(self, steps=(0, 10**6))      in __post_init__: numbers that cannot work are refused
+    check(self, steps=(0, 10**6))       in __post_init__: what cannot work is refused
+    fits(value, list[float] | None)     whether a value from a file is of that type
+    read_text, read_json, write_file    files, whole or not at all; errors name them
     @command_line                       on main(argv=None): an error is one line, exit code 2
 
 torch and numpy take seconds to load. Rooms whose settings are flags import them from here, so that
@@ -13,9 +15,14 @@ import dataclasses
 import functools
 import importlib
 import io
+import json
 import os
 import re
+import signal
 import sys
+import threading
+import types
+import typing
 from pathlib import Path
 
 import tyro
@@ -77,18 +84,56 @@ def _wide_terminal():
         os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
 
 
-def ranges(settings, **bounds):
-    """ValueError unless each named number of a settings dataclass lies in its (least, most), or is
-    None.
+def short(value, most=200):
+    """repr(value), cut to `most` characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = "a number of thousands of digits, or the like"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def fits(value, kind):
+    """Whether a value is of a type written as in annotations: int (no bool), float (or int; not
+    nan), str, list[X], tuple[X, Y], dict[str, X], Literal["a"], X | None.
     """
-    for name, (least, most) in bounds.items():
-        value = getattr(settings, name)
-        if value is None:
-            continue
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not least <= value <= most:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} must be a number from {least:,} to {most:,}, found {value!r}")
+    form, parts = typing.get_origin(kind), typing.get_args(kind)
+    if form in (typing.Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if form is typing.Literal:
+        return any(value == part and type(value) is type(part) for part in parts)
+    if form is dict:
+        pairs = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(fits(k, parts[0]) and fits(x, parts[1]) for k, x in pairs)
+    if form is tuple:
+        same = isinstance(value, (tuple, list)) and len(value) == len(parts)
+        return same and all(map(fits, value, parts))
+    if form is list:
+        return isinstance(value, list) and all(fits(x, parts[0]) for x in value)
+    if kind is float:
+        return fits(value, int) or (isinstance(value, float) and value == value)
+    return isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
+
+
+_types = functools.cache(typing.get_type_hints)
+
+
+def check(settings, dashes=True, **bounds):
+    """ValueError unless all fields of a dataclass have their types and each named number lies in
+    its (least, most), or is None. dashes: whether the fields are called flags.
+    """
+    for name, kind in _types(type(settings)).items():
+        value, right = getattr(settings, name), fits(getattr(settings, name), kind)
+        needed = f"of type {kind.__name__ if isinstance(kind, type) else kind}"
+        if name in bounds:
+            least, most = bounds[name]
+            needed = f"a number from {least:,} to {most:,}"
+            if isinstance(value, float) and not fits(0.5, kind):
+                needed += " without a fraction"
+            right = right and (value is None or least <= value <= most)
+        if not right:
+            shown = f"--{name.replace('_', '-')}" if dashes else name
+            raise ValueError(f"{shown} must be {needed}, found {short(value)}")
 
 
 def flat(settings):
@@ -109,6 +154,54 @@ def unflat(settings, values):
     return settings(**kw)
 
 
+def read_text(path, most=2**28):
+    """The content of a text file of at most `most` bytes; ValueError says why there is none."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; a model or run folder has one")
+    if not path.is_file():  # a pipe would wait for ever
+        raise ValueError(f"{path} is no file")
+    if path.stat().st_size > most:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than {most:,}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from None
+
+
+def read_json(path, kind=dict):
+    """The content of a JSON file, of a type as in `fits`; ValueError says why there is none."""
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not fits(content, kind):
+        needed = {dict: "object", list: "list"}.get(kind, kind)
+        raise ValueError(f"{path} must hold a JSON {needed}, found {short(content)}")
+    return content
+
+
+@contextlib.contextmanager
+def writing(path, *kinds):
+    """An OSError inside, a full disk above all, names the file; so do other kinds of error."""
+    try:
+        yield
+    except (OSError, *kinds) as error:
+        while error.__context__:  # torch hides the system's error behind one of its own
+            error = error.__context__
+        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', 0) or error}") from None
+
+
+def write_file(path, text):
+    """Write a text file so that at any moment the old or the new content is there, whole."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.writing")
+    with writing(path):
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+
+
 def command_line(main):
     """Decorator of main(argv=None): a ValueError or OSError becomes one line on stderr and exit
     code 2, a KeyboardInterrupt one line and 130.
@@ -117,12 +210,32 @@ def command_line(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
-            return main(argv)
+            with _terminable():
+                result = main(argv)
+                sys.stdout.flush()
+                return result
+        except BrokenPipeError:  # nobody reads on, as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
         except (ValueError, OSError) as error:
             code, message = 2, str(error)
         except KeyboardInterrupt as stop:
             code, message = 130, str(stop) or "stopped"
-        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+        message = " ".join(message[:5000].split())
+        print(f"{Path(sys.argv[0]).name}: {message[:2000]}", file=sys.stderr)
         raise SystemExit(code)
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _terminable():
+    """SIGTERM is a KeyboardInterrupt, as Ctrl-C is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

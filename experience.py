@@ -173,7 +173,8 @@ def solvable(model, tokenizer, flags, candidates):
 
 
 def collect(model, tokenizer, problems, flags, sampling, step):
-    """Sample G answers to each problem, score them, keep the groups that disagree (DAPO).
+    """Sample G answers to each problem, score them, keep the groups in which some are right and
+    some are wrong (DAPO: whatever form and length earn besides).
 
     problems: a function that draws n of them. While fewer than min_groups are kept, more prompts
     are drawn, twice at most. Returns a Batch of the kept groups, None if there are still too few,
@@ -189,7 +190,8 @@ def collect(model, tokenizer, problems, flags, sampling, step):
         if buffer:
             lasted = rollout.lengths.cpu()
             earned += cispo.overlong_penalty(lasted, sampling.max_new_tokens, buffer)
-        kept = cispo.informative_groups(earned, G).repeat_interleave(G)
+        right = torch.tensor([s.correct for s in new])
+        kept = cispo.informative_groups(right, G).repeat_interleave(G)
         for i in kept.nonzero()[:, 0].tolist():
             prompt, n = tokenizer.encode(asked[i // G].prompt), int(rollout.lengths[i])
             silent = flags.mask_truncated and rollout.ended[i] == "length"

@@ -153,6 +153,8 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 
     Arguments and results as in lightning_recurrent. Differentiable. O(L (C + K) V) time per head.
     """
+    if chunk < 1:
+        raise ValueError(f"a chunk must have at least 1 token, found {chunk}")
     dtype, acc = q.dtype, _accumulator(q.dtype)
     q, k, v = (x.to(acc).transpose(1, 2) for x in (q, k, v))  # (B, H, L, .)
     C = max(min(chunk, q.shape[2]), 1)
@@ -612,20 +614,18 @@ def lightning_step(q, k, v, slope, state, impl="auto"):
     whatever the position. On a GPU this is one launch, which a CUDA graph can hold. impl: "torch"
     (below), "triton" (the kernel; needs a contiguous state), or "auto" = the kernel where it can.
     """
-    acc = _accumulator(q.dtype)
-    fit = k.shape == q.shape and v.shape[:-1] == q.shape[:-1] and slope.shape == q.shape[1:2]
-    if q.ndim != 3 or not fit:
-        found = ", ".join(str(tuple(x.shape)) for x in (q, k, v, slope))
-        raise ValueError(f"q and k must be (B, H, K), v (B, H, V) and slope (H,), found {found}")
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl must be auto, torch or triton, found {impl!r}")
+    if q.ndim != 3:
+        raise ValueError(f"q must be (B, H, K), found {tuple(q.shape)}")
+    _check_inputs(*(x[:, None] for x in (q, k, v)), slope)
+    _check_state(state, q[:, None], v[:, None], q.shape[0])
+    if not torch.compiler.is_compiling() and any(map(functools.partial(_share, state), (q, k, v))):
+        raise ValueError("q, k or v is a view of the state, which this step overwrites: clone it")
     if impl == "triton" and not state.is_contiguous():
         instead = 'call state.contiguous() or take impl="auto"'
         raise ValueError(f'impl="triton" needs a contiguous state; {instead}')
-    expected = (*q.shape, v.shape[-1])
-    if state.dtype != acc or state.shape != expected:
-        found = f"{state.dtype} {tuple(state.shape)}"
-        raise ValueError(f"the state must be {acc} of shape {expected}, found {found}")
+    acc = state.dtype
     if _use_kernel(impl, q, v) and state.is_contiguous():
         return _step_op(q, k, v, slope.float().contiguous(), state)
     kv = k.to(acc)[..., :, None] * v.to(acc)[..., None, :]
@@ -706,8 +706,9 @@ def lightning_attention(q, k, v, slope, state=None, *, cu_seqlens=None, impl="au
     holds their boundaries from 0 to L, B is 1, and states are (N, H, K, V).
     impl: "recurrent" (the definition), "quadratic" (for reading), "chunk" (PyTorch), "triton" (the
     kernel), or "auto" = the kernel where it can serve a GPU (why_no_kernel), else "chunk".
-    Returns o (B, L, H, V) in q's dtype and the last state. Differentiable in q, k, v and state.
-    Raises ValueError for shapes, dtypes or boundaries that do not fit together.
+    Returns o (B, L, H, V) in q's dtype and the last state. Differentiable in q, k, v and state, not
+    in slope. Raises ValueError for shapes, dtypes or boundaries that do not fit together; values on
+    a GPU (slopes, boundaries) are not looked at, as that would wait for it.
     """
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(IMPLS)}")
@@ -747,9 +748,20 @@ def _check_inputs(q, k, v, slope):
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         found = f"{q.dtype}, {k.dtype}, {v.dtype}"
         raise ValueError(f"q, k and v must share one floating dtype, found {found}")
-    if slope.shape != (q.shape[2],):
-        found = f"heads, found shape {tuple(slope.shape)}"
-        raise ValueError(f"slope must have one entry for each of the {q.shape[2]} {found}")
+    if slope.shape != (q.shape[2],) or not slope.is_floating_point():
+        found = f"heads, found {slope.dtype} {tuple(slope.shape)}"
+        raise ValueError(f"slope must be one number for each of the {q.shape[2]} {found}")
+    if slope.requires_grad:
+        raise ValueError(
+            "slope must not require gradients: M1's are constants, no form learns them"
+        )
+    seen = slope.device.type == "cpu" and not torch.compiler.is_compiling()
+    if seen and not all(0 < x < math.inf for x in slope.tolist()):
+        raise ValueError(f"slopes must be positive numbers, found {slope.tolist()[:8]}")
+
+
+def _share(x, y):
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def _check_state(state, q, v, n):

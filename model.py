@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cli import command_line, parse, ranges
+from cli import check, command_line, parse, read_json, short
 from lightning_attn import check_boundaries, decay_slopes, lightning_attention, lightning_step
 
 # ============================================================================
@@ -50,6 +50,18 @@ PRESETS = {
     "small": dict(zip(SIZES, (272, 256, 8, 8, 2, 32, 256, 8, 2))),  # 15 M: a patient CPU, any GPU
     "base": dict(zip(SIZES, (272, 768, 16, 12, 2, 64, 2048, 8, 2))),  # 650 M: one GPU
 }
+RESIDUAL = [  # alpha and beta of the residual: after softmax, after lightning attention, after MoE
+    f"layernorm_{part}_{factor}"
+    for part in ("full_attention", "linear_attention", "mlp")
+    for factor in ("alpha", "beta")
+]
+BOUNDS = {name: (1, 2**24) for name in SIZES} | {name: (-1000, 1000) for name in RESIDUAL}
+BOUNDS |= {"num_hidden_layers": (1, 10_000), "num_local_experts": (1, 2**16)}
+BOUNDS |= {"shared_intermediate_size": (0, 2**24), "rotary_dim": (0, 2**24)}
+BOUNDS |= {"max_position_embeddings": (1, 2**40), "rope_theta": (1e-6, 10**15)}
+BOUNDS |= {"rms_norm_eps": (1e-30, 1), "initializer_range": (1e-12, 1000)}
+BOUNDS |= {"router_aux_loss_coef": (0, 1000)}
+FIXED = {"hidden_act": "silu", "tie_word_embeddings": False, "sliding_window": None}
 
 
 @dataclass
@@ -70,34 +82,30 @@ class M1Config:
     num_local_experts: int = 32
     num_experts_per_tok: int = 2
     shared_intermediate_size: int = 0  # > 0: a shared expert, of width intermediate_size (released)
-    attn_type_list: list = None
-    rotary_dim: int = None
+    attn_type_list: list[int] | None = None
+    rotary_dim: int | None = None
     rope_theta: float = 10_000_000
     max_position_embeddings: int = 10_240_000
     rms_norm_eps: float = 1e-5
     postnorm: bool = True  # the residual carries the normed tensor
-    layernorm_full_attention_alpha: float = None
+    layernorm_full_attention_alpha: float | None = None
     layernorm_full_attention_beta: float = 1.0
-    layernorm_linear_attention_alpha: float = None
+    layernorm_linear_attention_alpha: float | None = None
     layernorm_linear_attention_beta: float = 1.0
-    layernorm_mlp_alpha: float = None
+    layernorm_mlp_alpha: float | None = None
     layernorm_mlp_beta: float = 1.0
     router_aux_loss_coef: float = 0.001
     initializer_range: float = 0.02
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
-    sliding_window: int = None
-    bos_token_id: int = None
-    eos_token_id: int = None
-    pad_token_id: int = None  # this and the next key are ours
+    sliding_window: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None  # this and the next key are ours
     tokenizer: str = "m1"  # "m1" or "byte"
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), (int, float) if f.type is float else f.type
-            right = isinstance(value, kind) and isinstance(value, bool) == (f.type is bool)
-            right = right or (value is None and f.default is None)
-            _need(right, f"{f.name} must be of type {f.type.__name__}, found {value!r}")
+        check(self, dashes=False, **BOUNDS)
         L = self.num_hidden_layers
         if self.attn_type_list is None:
             self.attn_type_list = [int((l + 1) % 8 == 0) for l in range(L)]
@@ -109,23 +117,22 @@ class M1Config:
         self._check_values()
 
     def _check_values(self):
-        c = vars(self)
-        for key in SIZES:
-            _need(0 < c[key] <= 2**24, f"{key} must be 1 to 2^24, found {c[key]}")
-        for key in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            _need(0 < c[key] < math.inf, f"{key} must be a positive number, found {c[key]}")
+        def need(ok, what):
+            if not ok:
+                raise ValueError(f"config: {what}")
+
         L, types = self.num_hidden_layers, self.attn_type_list
-        right = len(types) == L and all(kind in (0, 1) for kind in types)
-        _need(right, f"attn_type_list must hold {L} entries, 0 lightning, 1 softmax, found {types}")
+        right, found = len(types) == L and set(types) <= {0, 1}, short(types)
+        need(right, f"attn_type_list must hold {L} entries, 0 lightning, 1 softmax, found {found}")
         H, J = self.num_attention_heads, self.num_key_value_heads
-        _need(H % J == 0, f"num_attention_heads {H} must be a multiple of num_key_value_heads {J}")
+        need(H % J == 0, f"num_attention_heads {H} must be a multiple of num_key_value_heads {J}")
         R, K = self.rotary_dim, self.head_dim
-        _need(R in range(0, K + 1, 2), f"rotary_dim must be even, at most head_dim {K}, found {R}")
+        need(R % 2 == 0 and R <= K, f"rotary_dim must be even, at most head_dim {K}, found {R}")
         k, E = self.num_experts_per_tok, self.num_local_experts
-        _need(k <= E, f"num_experts_per_tok {k} exceeds num_local_experts {E}")
-        fixed = {"hidden_act": "silu", "tie_word_embeddings": False, "sliding_window": None}
-        for key, only in fixed.items():
-            _need(c[key] == only, f"{key} must be {only!r} as in MiniMax-M1, found {c[key]!r}")
+        need(k <= E, f"num_experts_per_tok {k} exceeds num_local_experts {E}")
+        for key, only in FIXED.items():
+            found = getattr(self, key)
+            need(found == only, f"{key} must be {only!r} as in MiniMax-M1, found {short(found)}")
 
     @classmethod
     def preset(cls, name, **changes):
@@ -140,18 +147,31 @@ class M1Config:
 
     @classmethod
     def from_json(cls, path):
-        """Read a config.json, or that of a directory. Keys that do not shape a pass are ignored."""
+        """Read a config.json, or that of a directory. Keys that do not shape a pass are ignored;
+        those that do must be there, since other code assumes other values where a file is silent.
+        """
         path = Path(path, "config.json") if Path(path).is_dir() else Path(path)
         stored = read_json(path)
-        kind = stored.get("model_type") if isinstance(stored, dict) else None
-        if kind != "minimax_m1":
-            raise ValueError(f"{path} describes model_type {kind!r}, not 'minimax_m1'")
-        if stored.get("rope_scaling"):
-            raise ValueError(f"{path} asks for rope_scaling, which MiniMax-M1 does not have")
+        if stored.get("model_type") != "minimax_m1":
+            found = short(stored.get("model_type"))
+            raise ValueError(f"{path} describes model_type {found}, not 'minimax_m1'")
+        rope = stored.get("rope_parameters") or {}  # a newer way of writing rope_theta
+        rope = rope if isinstance(rope, dict) else {"rope_parameters": rope}
+        plain = {"rope_theta": stored.setdefault("rope_theta", rope.get("rope_theta"))}
+        plain |= {"rope_type": "default"}
+        if stored.get("rope_scaling") or plain | rope != plain:
+            found = short(stored.get("rope_scaling") or rope)
+            raise ValueError(f"{path}: rope is one rope_theta, without scaling, found {found}")
+        needed = (*SIZES, "attn_type_list", "rotary_dim", "rope_theta", "postnorm", *RESIDUAL)
+        missing = [name for name in needed if stored.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"{path} does not say {', '.join(missing)}, which no default can guess"
+            )
         known = {f.name: stored[f.name] for f in dataclasses.fields(cls) if f.name in stored}
         try:
             return cls(**known)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def to_json(self, path):
@@ -163,16 +183,6 @@ class M1Config:
 def _need(ok, what):
     if not ok:
         raise ValueError(f"config: {what}")
-
-
-def read_json(path):
-    """The content of a JSON file; ValueError if it is not there or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; a model or run folder has one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 # ============================================================================
@@ -187,7 +197,7 @@ def widen(x):
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) in fp32, cast back, then times weight (released order)."""
-    return F.rms_norm(widen(x), x.shape[-1:], eps=eps).to(x.dtype) * weight
+    return F.rms_norm(widen(x), x.shape[-1:], eps=eps).to(x.dtype) * weight.to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -217,14 +227,17 @@ def rope(x, cos, sin):
 
 
 class Linear(nn.Module):
-    """A matrix (n_out, n_in), no bias as everywhere in M1; MiniMaxM1.init_weights fills it."""
+    """A matrix (n_out, n_in), no bias as everywhere in M1; MiniMaxM1.init_weights fills it.
+
+    As in all of the model the product has the dtype of the activations, which the embedding sets.
+    """
 
     def __init__(self, n_in, n_out):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
 
     def forward(self, x):
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 @dataclass
@@ -234,7 +247,7 @@ class Layout:
     mask: torch.Tensor = None  # (B, L) bool, True = real token; None = all real
     cu_seqlens: torch.Tensor = None  # (N + 1,) boundaries when sequences are packed along L
     rope: tuple = None  # cos, sin
-    visible: torch.Tensor = None  # (B, 1, L, S) bool: keys a query sees; None = plain causal
+    seen: tuple = None  # first and last key that a query sees, (B, L) each; None = plain causal
     rows: torch.Tensor = None  # with a cache: row and slot of every real new token, (n,) each
     slots: torch.Tensor = None
     n_slots: int = 0  # S: slots in use after this pass
@@ -314,7 +327,7 @@ class SoftmaxAttention(nn.Module):
                 cached[at.rows, at.slots] = new.flatten(0, 1) if at.mask is None else new[at.mask]
             k, v = (cached[:, : at.n_slots] for cached in kv)
         if at.cu_seqlens is None:
-            o = self.attend(q, k, v, at.visible)
+            o = self.attend(q, k, v, at.seen)
         else:
             lengths = at.cu_seqlens.diff().tolist()
             sequences = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
@@ -322,12 +335,21 @@ class SoftmaxAttention(nn.Module):
         return self.o_proj(o.flatten(2))
 
     @staticmethod
-    def attend(q, k, v, visible=None):
-        """softmax(q k^T / sqrt(K)) v over (B, L, heads, K) tensors."""
+    def attend(q, k, v, seen=None, most=2**25):
+        """softmax(q k^T / sqrt(K)) v over (B, L, heads, K) tensors.
+
+        At most about `most` entries of a mask (B, 1, queries, keys) exist at a time.
+        """
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        causal = visible is None
-        o = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=True)
-        return o.transpose(1, 2)
+        attention = functools.partial(F.scaled_dot_product_attention, enable_gqa=True)
+        if seen is None:
+            return attention(q, k, v, is_causal=True).transpose(1, 2)
+        key, o = torch.arange(k.shape[2], device=k.device), []
+        block = max(most // (len(k) * len(key)), 1)
+        for part, first, last in zip(q.split(block, 2), *(x.split(block, 1) for x in seen)):
+            visible = (first[..., None] <= key) & (key <= last[..., None])
+            o.append(attention(part, k, v, visible[:, None]))
+        return (o[0] if len(o) == 1 else torch.cat(o, 2)).transpose(1, 2)
 
 
 # ============================================================================
@@ -378,7 +400,8 @@ class MoE(nn.Module):
         out = torch.zeros_like(x)
         for e in range(len(self.w1)):
             token, slot = (chosen == e).nonzero(as_tuple=True)
-            y = (F.silu(x[token] @ self.w1[e].T) * (x[token] @ self.w3[e].T)) @ self.w2[e]
+            w1, w3, w2 = (w[e].to(x.dtype) for w in (self.w1, self.w3, self.w2))
+            y = (F.silu(x[token] @ w1.T) * (x[token] @ w3.T)) @ w2
             out = out.index_add(0, token, y * weight[token, slot, None])
         return out
 
@@ -388,7 +411,7 @@ class MoE(nn.Module):
         token = order // self.top_k
         counts = chosen.flatten().bincount(minlength=len(self.w1)).tolist()
         slices = x.index_select(0, token).split(counts)
-        experts = zip(slices, self.w1.unbind(), self.w3.unbind(), self.w2.unbind())
+        experts = zip(slices, *(w.to(x.dtype).unbind() for w in (self.w1, self.w3, self.w2)))
         y = torch.cat([(F.silu(part @ w1.T) * (part @ w3.T)) @ w2 for part, w1, w3, w2 in experts])
         y = y * weight.flatten().index_select(0, order)[:, None]
         return torch.zeros_like(x).index_add(0, token, y)
@@ -396,9 +419,10 @@ class MoE(nn.Module):
     def dense(self, x, weight, chosen):
         """Every expert on every token, as one wide expert: wasteful, but few large operations."""
         E, F_, D = self.w1.shape
+        w1, w3, w2 = (w.to(x.dtype).view(-1, D) for w in (self.w1, self.w3, self.w2))
         scale = torch.zeros(len(x), E, dtype=x.dtype, device=x.device).scatter(1, chosen, weight)
-        hidden = F.silu(x @ self.w1.view(-1, D).T) * (x @ self.w3.view(-1, D).T)
-        return (hidden.view(-1, E, F_) * scale[..., None]).view(-1, E * F_) @ self.w2.view(-1, D)
+        hidden = F.silu(x @ w1.T) * (x @ w3.T)
+        return (hidden.view(-1, E, F_) * scale[..., None]).view(-1, E * F_) @ w2
 
     def within_capacity(self, chosen, mask):
         """Token drop (MiniMax-01): which choices (T, k) their expert has room for, bool.
@@ -562,7 +586,8 @@ class MiniMaxM1(nn.Module):
     def hidden(self, tokens, *, mask=None, cache=None, cu_seqlens=None):
         """All before the head, final norm included: (B, L, D) fp32 and Aux (None with a cache)."""
         at = self._layout(tokens, mask, cache, cu_seqlens)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+        learns = torch.is_grad_enabled() and cache is None
+        with torch.set_grad_enabled(learns), torch.autocast(self.device.type, enabled=False):
             x, routings = self.embed_tokens(tokens), []
             for l, layer in enumerate(self.layers):
                 x, routing = layer(x, at, cache and cache.layers[l])
@@ -576,7 +601,8 @@ class MiniMaxM1(nn.Module):
 
     def head(self, hidden):
         """Logits from hidden states, both fp32: never a bf16 logit (report sec. 3.2)."""
-        return F.linear(hidden, self.lm_head.weight.to(hidden.dtype))
+        with torch.autocast(self.device.type, enabled=False):
+            return self.lm_head(hidden)
 
     def logp(
         self, tokens, targets, *, mask=None, cu_seqlens=None, temperature=1.0, with_entropy=False
@@ -635,13 +661,14 @@ class MiniMaxM1(nn.Module):
             at.n_slots = n = max(int((cache.position + n_new).max()), 1)
             if n > cache.max_len:
                 raise ValueError(f"the cache holds {cache.max_len} tokens per row, {n} are needed")
-            at.visible = (torch.arange(n, device=device) <= positions[..., None])[:, None]
+            if mask is not None or L < n:  # not one prompt in an empty cache
+                at.seen = torch.zeros_like(positions), positions
             real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
             at.rows, at.slots = real.nonzero(as_tuple=True)[0], positions[real]
         elif mask is not None:
-            causal = torch.ones(L, L, dtype=torch.bool, device=device).tril()
-            itself = torch.eye(L, dtype=torch.bool, device=device)  # no row of a softmax is empty
-            at.visible = ((causal & mask[:, None, :]) | itself)[:, None]
+            last = torch.arange(L, device=device).expand(B, L)
+            first = (~mask).sum(1, keepdim=True)
+            at.seen = torch.minimum(first, last), last  # padding sees itself: no softmax is empty
         if 1 in self.config.attn_type_list:
             at.rope = rope_tables(positions, self.config, self.wide)
         return at
@@ -718,7 +745,7 @@ class Flags:
     """tokens in the sequence"""
 
     def __post_init__(self):
-        ranges(self, context=(1, 10**9))
+        check(self, context=(1, 10**9))
 
 
 @command_line

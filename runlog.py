@@ -8,15 +8,16 @@ meets half of one.
 
     1. Columns            COLUMNS, DROPPED
     2. Files              new_folder, write_file, read_log
-    3. A run              Run: steps, log, save; open_run
+    3. A run              Run: steps, log, save; reopen
     4. What is shown      summarize_drops, show_drops, summary, reference, draw_curves
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import json
-import os
 import platform
 import shutil
 import signal
@@ -28,8 +29,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import checkpoint, torch
-from cli import model as m1
+from cli import checkpoint, read_json, read_text, torch, write_file, writing
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: nothing is locked there
+    fcntl = None
 
 # ============================================================================
 # 1. Columns
@@ -69,32 +74,58 @@ def new_folder(out, name):
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"--out {folder} exists and is not empty; choose another name")
-    else:
-        number = 1
-        while (folder := Path("runs") / f"{name}-{number:03d}").exists():
-            number += 1
-    folder.mkdir(parents=True, exist_ok=bool(out))
-    return folder
-
-
-def write_file(path, text):
-    """Write a text file so that at any moment the old or the new content is there, whole."""
-    draft = path.with_name(f".{path.name}.writing")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{name}-{number:03d}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
 
 
 def read_log(path):
     """log.csv as one dict of numbers per step; what was not measured is absent."""
-    with open(path, newline="") as file:
-        return [{name: float(x) for name, x in row.items() if x} for row in csv.DictReader(file)]
+    try:
+        rows = csv.DictReader(read_text(path).splitlines())
+        return [{name: float(x) for name, x in row.items() if x} for row in rows]
+    except (TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is no log of a run: {error}") from None
 
 
-def _append(path, rows):
-    """Add rows, dicts, to a CSV file, in the columns that its first line names."""
-    with open(path, "r+", newline="") as file:
-        columns = file.readline().rstrip().split(",")
-        file.seek(0, os.SEEK_END)
+def _until(path, columns, step):
+    """What log.csv or dropped.csv held after a step, as text; ValueError names a bad line.
+
+    What comes later, half a line perhaps, is not looked at: it will be written again.
+    """
+    header, *lines = read_text(path).split("\n")
+    if header.split(",") != columns:
+        raise ValueError(f"{path} has another header than this version's; mend or remove it")
+    kept, at, every = [header], -1, columns == COLUMNS
+    for line in lines[:-1]:
+        try:
+            row = dict(zip(columns, next(csv.reader([line])), strict=True))
+            now = {name: float(x) for name, x in row.items() if x and name not in DROPPED[1:3]}
+            if now["step"] > step:
+                break
+            if every and now["step"] != at + 1 or now["step"] < at:
+                raise ValueError
+        except (ValueError, KeyError, StopIteration, csv.Error):
+            if every and at == step:
+                break
+            where = f"line {len(kept) + 1} of {path}"
+            raise ValueError(
+                f"{where} does not go on from step {at:.0f}; mend or remove it"
+            ) from None
+        at = now["step"]
+        kept.append(line)
+    if every and at != step:
+        raise ValueError(f"{path} ends at step {at:.0f}, before {step}; mend or remove it")
+    return "\n".join([*kept, ""])
+
+
+def _append(path, columns, rows):
+    """Add rows, dicts, to a CSV file."""
+    with writing(path), open(path, "a", newline="") as file:
         how = dict(restval="", extrasaction="ignore", lineterminator="\n")
         csv.DictWriter(file, columns, **how).writerows(rows)
 
@@ -108,13 +139,14 @@ class Run:
     """One run's folder while it trains. As a context it turns what ends a run into one clear line.
 
     step: the last one finished, -1 before the first. The first Ctrl-C or SIGTERM is a wish: the
-    step is finished and saved first; the next one kills.
+    step is finished and saved first; the next one kills. The folder is this process's alone.
     """
 
-    def __init__(self, folder, step=-1, earlier=0.0):
-        self.folder, self.step, self.earlier = Path(folder), step, earlier
+    def __init__(self, folder, step=-1):
+        self.folder, self.step, self.earlier = Path(folder), step, 0.0
         self.start, self.step_start = time.perf_counter(), None
         self.stopping, self.handlers = False, {}
+        self.lock = _lock(self.folder / ".lock")
 
     @property
     def seconds(self):
@@ -134,6 +166,7 @@ class Run:
         tqdm.write("stopping after this step (again: at once)")
 
     def __exit__(self, kind, error, trace):
+        self.lock.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if isinstance(error, KeyboardInterrupt):
@@ -166,15 +199,15 @@ class Run:
     def describe(self, **facts):
         """Put facts into run.json, beside those that are there."""
         file = self.folder / "run.json"
-        record = m1.read_json(file) if file.exists() else {}
+        record = read_json(file) if file.exists() else {}
         write_file(file, json.dumps(record | facts, indent=2) + "\n")
 
     def log(self, row, drops=(), line=""):
         """A step's row for log.csv, rows of dropped.csv, and the line that is printed."""
         row = row | {"seconds": time.perf_counter() - self.step_start}
         rounded = {k: float(f"{x:.6g}") if isinstance(x, float) else x for k, x in row.items()}
-        _append(self.folder / "dropped.csv", drops)
-        _append(self.folder / "log.csv", [rounded])
+        _append(self.folder / "dropped.csv", DROPPED, drops)
+        _append(self.folder / "log.csv", COLUMNS, [rounded])
         tqdm.write(f"{line}  {row['seconds']:.1f} s")
         sys.stdout.flush()
 
@@ -184,12 +217,11 @@ class Run:
         Kept are the newest `keep` and the one after the cold start. Nothing else needs saving:
         every random draw has a seed of its own (experience.substream), whatever ran before.
         """
-        name = f"step-{step:06d}"
-        state = {"step": step, "seconds": self.seconds, "curriculum": curriculum}
-        state["optimizer"] = optimizer.state_dict()
+        name, state = f"step-{step:06d}", {"step": step, "seconds": self.seconds}
+        state |= {"optimizer": optimizer.state_dict(), "curriculum": curriculum.state_dict()}
         checkpoint.save_pretrained(model, self.folder / name, trainer_state=state)
         write_file(self.folder / "latest", name + "\n")
-        for old in sorted(self.folder.glob("step-*"))[1:-keep]:
+        for old in checkpoint.saved_steps(self.folder)[1:-keep]:
             shutil.rmtree(old)
 
 
@@ -204,41 +236,46 @@ def last_saved(folder):
     """Whether a run has a checkpoint to go on from; names the newest one where a kill forbade
     it.
     """
-    saved = sorted(Path(folder).glob("step-*"))
+    saved = checkpoint.saved_steps(folder)
     if saved and not (Path(folder) / "latest").exists():
         write_file(Path(folder) / "latest", saved[-1].name + "\n")
     return bool(saved)
 
 
-def reopen(folder, optimizer, device, last_step):
-    """Make a run folder what it was at its newest checkpoint: (Run, the curriculum's state).
+def reopen(run, optimizer, curriculum, device, last_step):
+    """Make a run's folder what it was at its newest checkpoint; load optimizer and curriculum.
 
-    Loads the optimizer, then cuts log.csv and dropped.csv back and removes what was being written
-    when the run stopped. Changes nothing when the checkpoint or one of these files is damaged, or
-    the checkpoint beyond last_step.
+    Cuts log.csv and dropped.csv back and removes newer checkpoints. Changes nothing when the
+    checkpoint or any file that the run will need is damaged, or the checkpoint beyond last_step.
     """
-    folder, newest = Path(folder), checkpoint.checkpoint_dir(folder)
-    step, seconds, curriculum = checkpoint.load_trainer(newest, optimizer, device)
+    folder, newest = run.folder, checkpoint.checkpoint_dir(run.folder)
+    step, seconds = checkpoint.load_trainer(newest, optimizer, curriculum, device)
     if step > last_step:
         need = f"give --steps {step} or more"
         raise ValueError(f"{newest} is already past --steps {last_step}; {need}")
-    cut = {}
-    for file in (folder / "log.csv", folder / "dropped.csv"):
-        header, *lines = file.read_text().splitlines(keepends=True) or [""]
-        if header.rstrip("\n").split(",") not in (COLUMNS, DROPPED):
-            raise ValueError(f"{file} has lost its header; mend or remove it")
+    files = {"log.csv": COLUMNS, "dropped.csv": DROPPED}
+    cut = {name: _until(folder / name, columns, step) for name, columns in files.items()}
+    read_text(folder / "samples.txt")
+    for newer in checkpoint.saved_steps(folder):
+        if newer.name > newest.name:
+            shutil.rmtree(newer)
+    for name, text in cut.items():
+        write_file(folder / name, text)
+    run.step, run.earlier = step, seconds
+
+
+def _lock(path):
+    """An open file that no other process can open in this way; ValueError if one has."""
+    file = open(path, "a")
+    if fcntl is not None:
         try:
-            kept = [x for x in lines if x.endswith("\n") and int(x.partition(",")[0]) <= step]
-        except ValueError:
-            wrong = "has a line that does not begin with its step"
-            raise ValueError(f"{file} {wrong}; mend or remove it") from None
-        cut[file] = header + "".join(kept)
-    newer = [other for other in folder.glob("step-*") if other.name > f"step-{step:06d}"]
-    for leftover in [*folder.glob(".*.writing*"), *newer]:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    for path, text in cut.items():
-        write_file(path, text)
-    return Run(folder, step, seconds), curriculum
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"another process is writing to {path.parent}; wait for it") from None
+    for draft in path.parent.glob(".*.writing*"):  # of a process that was killed
+        shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+    return file
 
 
 # ============================================================================
@@ -289,12 +326,12 @@ def finish(run, samples, title, compare):
     seeds.
     """
     folder, log = run.folder, read_log(run.folder / "log.csv")
-    before = (folder / "samples.txt").read_text(encoding="utf-8").split("\nafter ")[0]
+    before = read_text(folder / "samples.txt").split("\nafter ")[0]
     after = f"\nafter {run.step} RL steps\n{samples}" + show_drops(folder / "dropped.csv")
     write_file(folder / "samples.txt", before + after)
     others = reference_logs() if compare else []
     draw_curves(log, folder / "curves.png", title, others)
-    record = m1.read_json(folder / "run.json")
+    record = read_json(folder / "run.json")
     spent = run.seconds
     summary = {"seed": record["flags"]["seed"], "steps": int(log[-1]["step"])}
     summary["seconds"] = round(spent, 1)

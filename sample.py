@@ -1,12 +1,11 @@
-"""Text to tokens to model and back: tokenizers, the generation engine that RL uses too, chat.
+"""Prompts to responses: the generation engine that RL uses too, chat, and a command line.
 
     python sample.py --model runs/tiny-cispo-001 --prompt "+314204="       one request
     python sample.py --model DIR          on a terminal: a chat, its history kept
 
-    1. Tokenizer         Tokenizer, m1_encoding
-    2. Generation        Rollout, Sampling, Request, sample_tokens, generate
-    3. Chat              chat_prompt, parse_tool_calls, Chat
-    4. Command line      Flags, stream, judged, talk, main
+    1. Generation        Rollout, Sampling, Request, sample_tokens, generate
+    2. Chat              Chat
+    3. Command line      Flags, stream, judged, talk, main
 
 Dimension key: P prompts, G responses per prompt, N = P * G responses, T tokens, W vocabulary.
 """
@@ -17,7 +16,6 @@ import codecs
 import contextlib
 import json
 import random
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -25,140 +23,13 @@ from math import inf
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import tiktoken
-
 import tasks
-from cli import checkpoint, command_line, parse, ranges, torch, unflat
+from cli import check, checkpoint, command_line, fits, parse, read_json, torch, unflat
 from cli import model as m1
+from tokenizer import END_OF_TURN, Tokenizer, chat_pieces, parse_tool_calls
 
 # ============================================================================
-# 1. Tokenizer
-# ============================================================================
-
-SPECIALS = (
-    "<pad> <end_of_sentence> <beginning_of_sentence> <begin_of_document> <end_of_document> "
-    "<think> </think> <tools> </tools> <tool_calls> </tool_calls> "
-    "<reserved_0> <reserved_1> <reserved_2> <reserved_3> <reserved_4>"
-).split()
-
-M1_SPECIALS = {
-    "<beginning_of_sentence>": 200019,
-    "<end_of_sentence>": 200020,  # released; the others are inferred from a sibling model's table
-    "<end_of_document>": 200021,
-    "<begin_of_document>": 200034,
-}
-
-# how M1's text is cut before merging: o200k's pattern (inferred from M1's tokens)
-UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-START, END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-SPLIT = (
-    f"{START}{UPPER}*{LOWER}+{END}|{START}{UPPER}+{LOWER}*{END}"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-class Tokenizer:
-    """Text <-> token ids, around a tiktoken.Encoding. special: {name: id}."""
-
-    def __init__(self, encoding):
-        self.encoding, self.special = encoding, encoding._special_tokens
-        self.eos_id = self.special["<end_of_sentence>"]
-        self.pad_id = self.special.get("<pad>", self.eos_id)  # M1 has none: any id would do
-        self.think_end_id = self.special.get("</think>")  # None for M1: it takes several tokens
-
-    @classmethod
-    def byte(cls):
-        """256 bytes and 16 special tokens of M1's chat format: 272 ids, nothing to download."""
-        ranks = {bytes([i]): i for i in range(256)}
-        special = {name: 256 + i for i, name in enumerate(SPECIALS)}
-        made = dict(pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
-        return cls(tiktoken.Encoding("byte", **made))
-
-    @classmethod
-    def of(cls, config, path=None):
-        """What a model's config names: "byte", or "m1", read from the model's directory `path`."""
-        if config.tokenizer == "byte":
-            return cls.byte()
-        if config.tokenizer != "m1":
-            raise ValueError(f"unknown tokenizer {config.tokenizer!r}; choose from byte, m1")
-        if path is None:
-            raise ValueError("the 'm1' tokenizer is read from the model's directory: pass its path")
-        return cls(m1_encoding(Path(path), config.vocab_size))
-
-    def encode(self, text, specials=False):
-        """Token ids of a text; special tokens that it spells stay text unless specials=True."""
-        if specials:
-            return self.encoding.encode(text, allowed_special="all")
-        return self.encoding.encode_ordinary(text)
-
-    def encode_chat(self, pieces):
-        """Token ids of chat_pieces: what a user wrote cannot spell the token that ends a turn."""
-        return [i for special, text in pieces for i in (self.special[special], *self.encode(text))]
-
-    def decode(self, ids):
-        """The text of token ids; invalid UTF-8 becomes U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
-
-    def token_bytes(self, i):
-        """The bytes of one token; U+FFFD for an id that only the model has (M1 has some)."""
-        try:
-            return self.encoding.decode_single_token_bytes(i)
-        except KeyError:
-            return "\ufffd".encode()
-
-    def ids(self):
-        """The token ids that generate needs, by its names for them."""
-        return dict(eos_id=self.eos_id, pad_id=self.pad_id, think_end_id=self.think_end_id)
-
-
-def m1_encoding(folder, vocab_size):
-    """Byte-level BPE from the tokenizer.json of a published directory, or else its merges.txt.
-
-    tokenizer.json gives every id. merges.txt leaves them to M1's rule: byte b has id b, the merge
-    of rank r (from 0) id 256 + r, special tokens M1_SPECIALS. tiktoken joins the pair whose result
-    has the smallest id, so ids must rise with rank. ValueError if a file is missing, malformed, or
-    does not fit a model of vocab_size tokens.
-    """
-    files = [folder / name for name in ("tokenizer.json", "merges.txt")]
-    file = next(filter(Path.is_file, files), None)
-    if file is None:
-        raise ValueError(f"{folder} has no tokenizer: put its tokenizer.json or merges.txt there")
-    byte_of, special = {letter: b for b, letter in enumerate(byte_letters())}, dict(M1_SPECIALS)
-    try:
-        if file.suffix == ".json":
-            stored = m1.read_json(file)
-            vocab, merges = stored["model"]["vocab"], stored["model"]["merges"]
-            special |= {name: vocab[name] for name in special if name in vocab}
-            special |= {token["content"]: token["id"] for token in stored.get("added_tokens", ())}
-        else:
-            lines = file.read_text(encoding="utf-8").split("\n")
-            vocab, merges = None, filter(None, lines[lines[0].startswith("#version") :])
-        merged = [a + b for a, b in (m.split(" ") if isinstance(m, str) else m for m in merges)]
-        tokens = [*byte_of, *merged]
-        if vocab is None:
-            vocab = {token: i for i, token in enumerate(tokens)}
-        ranks = {bytes(byte_of[letter] for letter in token): vocab[token] for token in tokens}
-        ids, rising = [*ranks.values(), *special.values()], [vocab[token] for token in merged]
-        if rising != sorted(rising) or len(set(ids)) < len(ids):
-            raise ValueError("ids must be distinct and rise from merge to merge")
-        if max(ids) >= vocab_size:
-            raise ValueError(f"it has ids up to {max(ids)}, the model a vocabulary of {vocab_size}")
-        return tiktoken.Encoding("m1", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
-    except KeyError as error:
-        raise ValueError(f"{file} is not a byte-level BPE: it lacks {error}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} cannot be this model's tokenizer: {error}") from None
-
-
-def byte_letters():
-    """GPT-2's 256 letters for bytes: a printable byte's is its own, the others' U+0100 and on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(b if b in printable else next(others)) for b in range(256)]
-
-
-# ============================================================================
-# 2. Generation
+# 1. Generation
 # ============================================================================
 
 
@@ -189,7 +60,7 @@ class Sampling:
     """tokens in a row of p > 0.99 that end a response; 0 = off (report sec. 3.2)"""
 
     def __post_init__(self):
-        ranges(self, temperature=(0.01, 100), max_new_tokens=(1, 10**7), repetition_stop=(0, 10**7))
+        check(self, temperature=(0.01, 100), max_new_tokens=(1, 10**7), repetition_stop=(0, 10**7))
 
 
 @dataclass(frozen=True)
@@ -208,8 +79,10 @@ class Request:
     repetition_stop: int = 3000  # a loop ends after so many tokens of p > 0.99 in a row; 0 = never
 
     def __post_init__(self):
-        ranges(self, max_new_tokens=(1, inf), group_size=(1, inf), temperature=(0, inf))
-        ranges(self, top_p=(1e-9, 1), think_budget=(0, inf), repetition_stop=(0, inf))
+        long = (1, 2**40)
+        check(self, False, max_new_tokens=long, group_size=(1, 10**7), temperature=(0, 100))
+        check(self, False, top_p=(1e-9, 1), think_budget=(0, 2**40), repetition_stop=(0, 2**40))
+        check(self, False, seed=(-(2**63), 2**64 - 1))
         if 0 < self.temperature < 0.01:
             raise ValueError(f"need temperature 0 or >= 0.01, found {self.temperature}")
         if self.think_budget is not None and self.think_end_id is None:
@@ -220,7 +93,7 @@ class Request:
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("need at least one prompt, each of at least one token")
         W, limit = model.config.vocab_size, model.config.max_position_embeddings
-        bad = [i for p in prompts for i in p if not 0 <= i < W]
+        bad = [i for p in prompts for i in p if not fits(i, int) or not 0 <= i < W]
         if bad:
             raise ValueError(f"token id {bad[0]} is outside the model's vocabulary of {W}")
         room = f"model's {limit}"
@@ -241,7 +114,9 @@ def sample_tokens(logits, temperature, top_p, generator):
     Temperature 0 is greedy: the distribution is a single token and the log-prob 0.
     """
     if temperature == 0:
-        return logits.argmax(-1), logits.new_zeros(len(logits))
+        highest, token = logits.max(-1)
+        _finite(highest)  # a nan is the highest
+        return token, torch.zeros_like(highest)
     logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
     if top_p < 1:
         ordered, order = logp.exp().sort(-1, descending=True)
@@ -251,9 +126,13 @@ def sample_tokens(logits, temperature, top_p, generator):
     u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device, generator=generator)
     token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=logp.shape[-1] - 1)
     drawn = logp.gather(-1, token)[:, 0]
-    if not drawn.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged or diverged")
+    _finite(drawn)
     return token[:, 0], drawn
+
+
+def _finite(values):
+    if not values.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged or diverged")
 
 
 def left_pad(sequences, pad_id, device):
@@ -280,6 +159,7 @@ def _read_prompts(model, prompts, ask, cache):
 def generate(model, prompts, *, on_tokens=None, cache=None, **request):
     """Responses to prompts (lists of token ids), as a Rollout. request: the fields of Request.
 
+    All rows draw from one stream, so what is sampled for a prompt depends on those beside it.
     Prompts are padded on the left and read once; a group starts from copies of its prompt's cache.
     Rows that have ended leave the batch once they are a quarter of it. on_tokens(responses, tokens)
     is called after each step with the numbers and new tokens of those that still run. cache: that
@@ -336,84 +216,8 @@ def generate(model, prompts, *, on_tokens=None, cache=None, **request):
 
 
 # ============================================================================
-# 3. Chat                                                 (released template)
+# 2. Chat
 # ============================================================================
-
-TOOL_TEXT = """\
-You are provided with these tools:
-<tools>
-{tools}
-</tools>
-
-If you need to call tools, please respond with <tool_calls></tool_calls> XML tags, and provide \
-tool-name and json-object of arguments, following the format below:
-<tool_calls>
-{{"name": <tool-name-1>, "arguments": <args-json-object-1>}}
-...
-</tool_calls>"""
-
-HEADERS = {
-    "system": "system ai_setting=assistant",
-    "tools": "system tool_setting=tools",
-    "user": "user name=user",
-    "assistant": "ai name=assistant",
-    "tool": "tool name=tools",
-}
-END_OF_TURN = ("<end_of_sentence>", "\n")
-
-
-def chat_prompt(messages, tools=None):
-    """The text that M1 continues: a conversation, open for the assistant's next turn.
-
-    messages: {"role": "system", "user" or "assistant", "content": text}, or results of tools:
-    {"role": "tool", "content": [{"name": ..., "text": ...}, ...]}. System messages are joined and
-    come first, then tools (a list of JSON objects with name, description, parameters), then the
-    turns; an assistant's with all that it thought.
-    """
-    return "".join(special + text for special, text in chat_pieces(messages, tools))
-
-
-def chat_pieces(messages, tools=None):
-    """chat_prompt as pairs, a special token and the text that follows it."""
-    system = "".join(m["content"] for m in messages if m["role"] == "system")
-    turns = [("system", system)] if system else []
-    if tools:
-        listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-        turns.append(("tools", TOOL_TEXT.format(tools=listed)))
-    for role, content in ((m["role"], m["content"]) for m in messages if m["role"] != "system"):
-        if role not in ("user", "assistant", "tool"):
-            raise ValueError(f"unknown role {role!r}; choose from system, user, assistant, tool")
-        if role == "tool":
-            results = (f"tool name: {r['name']}\ntool result: {r['text']}\n\n" for r in content)
-            content = "".join(results)
-        turns.append((role, content))
-
-    pieces = [("<begin_of_document>", "")]
-    for role, content in turns:
-        pieces += [("<beginning_of_sentence>", f"{HEADERS[role]}\n{content}"), END_OF_TURN]
-    return [*pieces, ("<beginning_of_sentence>", f"{HEADERS['assistant']}\n")]
-
-
-def parse_tool_calls(text):
-    """The calls in a response: [{"name": ..., "arguments": {...}}, ...].
-
-    One JSON object per line of a <tool_calls> block after the thinking; ValueError names a bad one.
-    """
-    calls, answer = [], text.rpartition("</think>")[2]
-    for block, end in re.findall(r"<tool_calls>(.*?)(</tool_calls>|\Z)", answer, re.DOTALL):
-        if not end:
-            raise ValueError("the response ended inside its <tool_calls> block")
-        for line in filter(None, map(str.strip, block.split("\n"))):
-            try:
-                call = json.loads(line)
-                name, arguments = call["name"], call["arguments"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                name = arguments = None
-            if not isinstance(name, str) or not isinstance(arguments, dict):
-                need = 'a tool call is one line {"name": ..., "arguments": {...}}'
-                raise ValueError(f"{need}, found {line!r}")
-            calls.append({"name": name, "arguments": arguments})
-    return calls
 
 
 class Chat:
@@ -465,7 +269,7 @@ class Chat:
 
 
 # ============================================================================
-# 4. Command line
+# 3. Command line
 # ============================================================================
 
 
@@ -499,8 +303,8 @@ class Flags:
     """longest conversation of a chat model, in tokens (memory is taken at once)"""
 
     def __post_init__(self):
-        ranges(self, n=(1, 10**6), max_new_tokens=(1, 10**7), think_budget=(0, 10**7))
-        ranges(self, temperature=(0, 100), top_p=(1e-6, 1), seed=(0, 2**62), context=(1, 10**7))
+        check(self, n=(1, 10**6), max_new_tokens=(1, 10**7), think_budget=(0, 10**7))
+        check(self, temperature=(0, 100), top_p=(1e-6, 1), seed=(0, 2**62), context=(1, 10**7))
 
 
 def pick_device(name):
@@ -516,8 +320,8 @@ def pick_device(name):
 
 def read_tools(path):
     """The tools of a JSON file: a list of objects, each with a name."""
-    tools = m1.read_json(Path(path)) if Path(path).is_file() else None
-    if not isinstance(tools, list) or not all(isinstance(t, dict) and "name" in t for t in tools):
+    tools = read_json(path, object) if Path(path).is_file() else None
+    if not fits(tools, list[dict]) or not all(fits(tool.get("name"), str) for tool in tools):
         raise ValueError(f"--tools {path}: need a JSON list of tools, each with a name at least")
     return tools
 
@@ -525,7 +329,9 @@ def read_tools(path):
 def run_problems(folder):
     """The tasks.Mix that a checkpoint's run learnt; None without a run, or with tasks not here."""
     file = Path(folder).parent / "run.json"
-    flags = m1.read_json(file).get("flags", {}) if file.is_file() else {}
+    flags = read_json(file).get("flags", {}) if file.is_file() else {}
+    if not fits(flags, dict[str, object]):
+        raise ValueError(f"{file} does not hold a run's flags")
     if flags.get("max_moves"):  # moves rose during the run
         least = flags.get("min_moves") or flags["moves"]
         flags |= {"min_moves": least, "moves": flags["max_moves"]}

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
-from cli import ranges
+from cli import check, fits, short
 
 FORK, GUESS, THINK_END = "~", ".", "</think>"
 
@@ -49,7 +49,7 @@ class Problem:
     answer: str
 
     def check(self, answer):
-        """Whether a model's answer is right. Must accept any string."""
+        """Whether a model's answer is right, True or False. Must accept any string."""
         return answer == self.answer
 
 
@@ -191,7 +191,7 @@ class Mix:
     """fewest steps per problem: they vary from this to --moves; None = all have --moves"""
 
     def __post_init__(self):
-        ranges(self, moves=(1, 1000), min_moves=(1, 1000))
+        check(self, moves=(1, 1000), min_moves=(1, 1000))
         if self.min_moves and self.min_moves > self.moves:
             raise ValueError(f"--min-moves {self.min_moves} is more than --moves {self.moves}")
 
@@ -258,6 +258,8 @@ def score(problem, text, ended=True):
     thinking, _, answer = text.partition(THINK_END)
     well_formed = ended and text.count(THINK_END) == 1 and thinking != "" and answer != ""
     correct = well_formed and problem.check(answer)
+    if not isinstance(correct, bool):
+        raise TypeError(f"check must return True or False, found {short(correct)}")
     return Score(correct + FORMAT_REWARD * well_formed, correct, well_formed, text.startswith(FORK))
 
 
@@ -278,7 +280,7 @@ class Growth:
     """draw so many problems first, train on those right in 1 to 8 of 10 tries (report sec. 4)"""
 
     def __post_init__(self):
-        ranges(self, max_moves=(1, 1000), filter_problems=(0, 10**6))
+        check(self, max_moves=(1, 1000), filter_problems=(0, 10**6))
         if [0, *self.limits] != sorted({0, *self.limits}):
             need = "rising numbers of tokens such as 40,48,56"
             raise ValueError(f"--windows must be {need}, found {self.windows!r}")
@@ -305,16 +307,37 @@ class Curriculum:
 
     STEPS, CONVERGED, NEAR, EASY = 5, 0.02, 0.9, 0.8
 
-    def __init__(self, mix, growth, window=0, extra=0, perplexity=(), correct=(), kept=None):
-        self.mix, self.growth, self.window, self.extra = mix, growth, window, extra
-        self.perplexity = list(perplexity)  # the last 2 n steps' in this window
-        self.correct = list(correct)  # the last n steps' at this difficulty
-        self.kept = kept  # (seed of candidates, which to train on), None = always new problems
+    STATE = {  # what a checkpoint holds
+        "window": int,
+        "extra": int,  # moves beyond the mix's own
+        "perplexity": list[float],  # the last 2 STEPS steps' in this window
+        "correct": list[float],  # the last STEPS steps' at this difficulty
+        "kept": tuple[int, list[bool]] | None,  # (seed of candidates, which to train on)
+    }
 
-    @property
-    def state(self):
-        """What a checkpoint holds: Curriculum(mix, growth, **state) goes on from there."""
-        return {name: x for name, x in vars(self).items() if name not in ("mix", "growth")}
+    def __init__(self, mix, growth):
+        self.mix, self.growth, self.window, self.extra = mix, growth, 0, 0
+        self.perplexity, self.correct, self.kept = [], [], None
+
+    def state_dict(self):
+        """What `load_state_dict` goes on from."""
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def load_state_dict(self, state):
+        """Go on from a state; ValueError if no run with these settings can have left it."""
+        n, steps = self.STEPS, (self.growth.max_moves or self.mix.moves) - self.mix.moves
+        right = fits(state, dict) and state.keys() == self.STATE.keys()
+        right = right and all(fits(state[name], kind) for name, kind in self.STATE.items())
+        if right:
+            window, extra, perplexity, correct, kept = (state[name] for name in self.STATE)
+            right = 0 <= window < max(len(self.growth.limits), 1) and 0 <= extra <= steps
+            right = right and len(perplexity) <= 2 * n and all(0 < x < 1e300 for x in perplexity)
+            right = right and len(correct) <= n and all(0 <= x <= 1 for x in correct)
+            marks = kept[1] if kept else []
+            right = right and len(marks) == self.growth.filter_problems and any([not kept, *marks])
+        if not right:
+            raise ValueError(f"a curriculum of this run cannot be {short(state)}")
+        vars(self).update(state)
 
     @property
     def moves(self):

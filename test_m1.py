@@ -52,12 +52,23 @@ import tasks
 import train_rl
 from checkpoint import load_pretrained, published_tensors, save_pretrained
 from cispo import Recipe
+from cli import read_json
 from lightning_attn import FORMS, decay_slopes, lightning_attention, lightning_step
 from model import M1Config, MiniMaxM1, MoE, count_parameters
 from studies import common
+from tokenizer import (
+    M1_SPECIALS,
+    SPLIT,
+    TOOL_TEXT,
+    Tokenizer,
+    byte_letters,
+    chat_pieces,
+    chat_prompt,
+    parse_tool_calls,
+)
 
 HERE = Path(__file__).parent
-TOKENIZER = sample.Tokenizer.byte()
+TOKENIZER = Tokenizer.byte()
 README = (HERE / "README.md").read_text()
 README_LINE = " ".join(README.split())  # whatever the line breaks
 
@@ -375,7 +386,7 @@ def test_what_the_kernel_cannot_do_is_said_before_it_starts(monkeypatch):
     refused("N \\+ 1", cu_seqlens=torch.tensor([0.0, 5.0]))
     step = dict(function=lightning_step, impl="auto")
     refused("q and k must be", one, one[:, :1], one, slope, state, **step)
-    refused("q and k must be", one, one, one, slope[:1], state, **step)
+    refused("slope must be", one, one, one, slope[:1], state, **step)
     refused("auto, torch or triton", one, one, one, slope, state, **step | dict(impl="cuda"))
     if DEVICE == "cpu":
         refused("interpreter multiplies bf16 wrongly", *[q.bfloat16()] * 3, slope)
@@ -938,16 +949,16 @@ def test_only_informative_groups_are_kept_and_too_few_of_them_ask_for_more_promp
 
     model = small_model()
     batch, seen = collected(overlong_buffer=2)
-    # penalties: -1 for 4 tokens, -0.5 for the one of 3, which makes its group of each round unequal
-    assert batch.rewards.tolist() == [0, -0.5, -1, -0.5, 0, 0.5, -1, 0, 0, -1]
+    # penalties: -1 for 4 tokens, -0.5 for the one of 3; groups that only they tell apart are dropped
+    assert batch.rewards.tolist() == [0, -0.5, -1, 0, 0, -1]
     column, (first, *rest) = batch.tokens[:, 1:][batch.trained], ([0, 2, 3, 4, 6], 8, 12, 16, 20)
-    assert column.tolist() == first * 3 + [i + k for i in rest for k in (0, 2, 3)]
+    assert column.tolist() == first + [i + k for i in rest for k in (0, 2, 3)]
     assert torch.equal(batch.infer_logp[batch.trained], -column / 100)
-    expected = dict(sampled_groups=9, groups=5, correct=7 / 18, well_formed=7 / 18, crashes=1)
+    expected = dict(sampled_groups=9, groups=3, correct=7 / 18, well_formed=7 / 18, crashes=1)
     expected |= dict(reward=(7 - 16.5) / 18, length=23 / 6, length_p99=4, fork_rate=6 / 18)
     expected["perplexity"] = math.exp(float(torch.arange(24.0).view(6, 4)[drawn].mean()) / 100)
     assert {name: seen[name] for name in expected} == pytest.approx(expected)
-    assert collected(overlong_buffer=2)[0] is not None  # one group in each round
+    assert collected(overlong_buffer=2)[0] is None  # three rounds in which all are wrong
     batch, seen = collected()
     assert batch is None and (seen["groups"], seen["sampled_groups"]) == (0, 9)
     for masked, lengths in ((False, [3, 2, 3, 3, 3, 3]), (True, [0, 2, 0, 3, 0, 3])):  # truncated
@@ -990,7 +1001,8 @@ def test_windows_open_when_outputs_have_converged_near_the_limit_and_right_ones_
         curriculum = tasks.Curriculum(flags.mix, flags.growth)
         for p, c in zip(perplexity, correct):
             curriculum.observe(dict(perplexity=p, length_p99=length_p99, correct=c))
-            again = tasks.Curriculum(flags.mix, flags.growth, **curriculum.state)
+            again = tasks.Curriculum(flags.mix, flags.growth)
+            again.load_state_dict(curriculum.state_dict())
             assert vars(again) == vars(curriculum)
             yield curriculum.limit, curriculum.moves, {len(q.chain) for q in again.problems(0)(9)}
 
@@ -1257,7 +1269,8 @@ def test_only_the_main_job_is_laid_beside_the_reference_seeds(run, tmp_path, cap
     assert mains == [True] * 2 + [False] * 6
     shutil.copytree(run[0], tmp_path / "a")
     for compare, n in ((False, 0), (True, len(list(HERE.glob("figures/main-seed*.csv"))))):
-        runlog.finish(runlog.Run(tmp_path / "a", 3), "", "title", compare)
+        with runlog.Run(tmp_path / "a", 3) as finished_run:
+            runlog.finish(finished_run, "", "title", compare)
         told = capsys.readouterr().out
         assert told.count("reference,") == told.count(f"e, {n} seeds of ours: ac") == compare
     same = dict(eval_fork_rate=1, eval_length=9)
@@ -1282,7 +1295,7 @@ def quickly(argv, **rules):
 
 def train(out, flags="", main=quickly):
     """A tiny run into the folder `out` with some more flags. Returns the summary."""
-    cold = "" if "--init" in flags else " --sft-steps 12"
+    cold = "" if "--init" in flags else " --sft-steps 60"
     return main(f"{TINY_RUN}{cold} --out {out} {flags}".split())
 
 
@@ -1298,10 +1311,12 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """What further runs begin with: --init and a model of two layers that stops at random."""
+    """What further runs begin with: --init and a model of two layers, a sixth of whose guesses is
+    right.
+    """
     model, folder = tiny_model(), tmp_path_factory.mktemp("start") / "model"
-    with torch.no_grad():
-        model.lm_head.weight[TOKENIZER.eos_id] *= 4
+    flags = settings(task="mod", moves=3, sft_steps=60, eval_problems=6)
+    train_rl.cold_start(model, TOKENIZER, flags, batch_size=12)
     save_pretrained(model, folder)
     return f"--init {folder} --task mod "
 
@@ -1341,7 +1356,8 @@ def test_a_run_explains_itself_repeats_itself_scores_again_and_starts_others(run
     assert told.count("times") == min(len({(row["token"], row["rose"]) for row in rows}), 8)
     assert all(row["token"] in told for row in rows[:1]) and (rows or "none" in told)
 
-    assert train_rl.main(["--eval", str(folder)])["accuracy"] == summary["accuracy_end"]
+    again = train_rl.main(["--eval", str(folder)])["accuracy"]
+    assert again == pytest.approx(summary["accuracy_end"], rel=1e-5)
     train(tmp_path / "c", f"--steps 1 --init {folder}")
     for file in (tmp_path / "c/step-000000").glob("*.safetensors"):
         assert file.read_bytes() == (folder / "step-000003" / file.name).read_bytes()
@@ -1364,7 +1380,7 @@ eagerly = functools.partial(quickly, STEPS=3, CONVERGED=0.1, NEAR=0.5, EASY=0.0)
 
 
 def test_a_run_killed_ten_times_ends_with_the_bits_of_a_quiet_one(start, tmp_path, monkeypatch):
-    flags = start + "--steps 40 --eval-every 20 --checkpoint-every 1 --lr 5e-4 "
+    flags = start + "--steps 40 --eval-every 20 --checkpoint-every 1 --lr 1e-3 "
     flags += "--windows 5,6,8,9 --max-moves 12 --overlong-buffer 2"
     whole, folder, rng, at = tmp_path / "whole", tmp_path / "killed", random.Random(0), [""]
     train(whole, flags, eagerly)
@@ -1372,7 +1388,7 @@ def test_a_run_killed_ten_times_ends_with_the_bits_of_a_quiet_one(start, tmp_pat
     assert len({row["window"] for row in log}) > 2 and len({row["moves"] for row in log}) > 2
     dropping = {row["step"] for row in log if row.get("ppo_would_drop_frac")}
     drops = csv.DictReader(open(whole / "dropped.csv"))
-    assert dropping == {int(row["step"]) for row in drops} and len(dropping) > 5
+    assert dropping == {int(row["step"]) for row in drops} and dropping
 
     usual = statistics.median(row["seconds"] for row in log)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
@@ -1441,7 +1457,7 @@ def test_ctrl_c_saves_the_step_but_twice_or_in_the_cold_start_it_acts_at_once(
 # 7. Tokenizer and chat
 # ============================================================================
 
-LETTERS = sample.byte_letters()
+LETTERS = byte_letters()
 MERGES = "h e, l l, he ll, hell o, Ġ w, Ġw o, r l, rl d, Ġwo rld, Ã ¶, l o, Ċ Ċ".split(", ")
 MERGES_TXT = "\n".join(("#version: 0.2", *MERGES, "")).encode()
 SMALL_IDS = {"Ċ": 10, "Ġ": 32, "h": 104, "Ã": 195, "he": 256, "hello": 259, "Ġworld": 264}
@@ -1457,7 +1473,7 @@ def tokenizer_json(merges=MERGES, stored=MERGES):
     """(vocabulary, file): bytes in another order, merges (as texts and pairs), special tokens."""
     letters = random.Random(0).sample(LETTERS, 256)
     vocab = {t: i for i, t in enumerate([*letters, *(m.replace(" ", "") for m in merges)])}
-    added = [{"id": len(vocab) + i, "content": name} for i, name in enumerate(sample.M1_SPECIALS)]
+    added = [{"id": len(vocab) + i, "content": name} for i, name in enumerate(M1_SPECIALS)]
     model = {"vocab": vocab, "merges": [m.split() if "l" in m else m for m in stored]}
     return vocab, json.dumps({"added_tokens": added, "model": model}).encode()
 
@@ -1465,7 +1481,7 @@ def tokenizer_json(merges=MERGES, stored=MERGES):
 def naive_bpe(text, merges):
     """Byte-level BPE by definition: in every piece, join the pair of lowest rank while there is."""
     rank = {tuple(bytes(map(LETTERS.index, x)) for x in m.split()): r for r, m in enumerate(merges)}
-    for piece in pytest.importorskip("regex").findall(sample.SPLIT, text):
+    for piece in pytest.importorskip("regex").findall(SPLIT, text):
         parts = [bytes([b]) for b in piece.encode()]
         while min(ranks := [rank.get(p, 1e9) for p in zip(parts, parts[1:])], default=1e9) < 1e9:
             i = ranks.index(min(ranks))
@@ -1477,12 +1493,12 @@ def naive_bpe(text, merges):
 def test_a_published_tokenizer_has_the_ids_of_its_files_and_merges_by_rank(tmp_path, name):
     assert "".join(LETTERS[b] for b in (0, 10, 32, 33, 127, 160, 161, 173, 255)) == "ĀĊĠ!ġł¡Ńÿ"
     (tmp_path / "merges.txt").write_bytes(MERGES_TXT)
-    expected, specials = SMALL_IDS, sample.M1_SPECIALS
+    expected, specials = SMALL_IDS, M1_SPECIALS
     if name == "tokenizer.json":  # comes first
         expected, stored = tokenizer_json()
         (tmp_path / name).write_bytes(stored)
-        specials = {name: 268 + i for i, name in enumerate(sample.M1_SPECIALS)}
-    t = sample.Tokenizer.of(M1Config(), tmp_path)
+        specials = {name: 268 + i for i, name in enumerate(M1_SPECIALS)}
+    t = Tokenizer.of(M1Config(), tmp_path)
     assert t.special == specials and t.eos_id == t.pad_id == specials["<end_of_sentence>"]
     assert all(t.token_bytes(i) == bytes(map(LETTERS.index, x)) for x, i in expected.items())
     assert t.encode("hello world") == [expected["hello"], expected["Ġworld"]]
@@ -1498,7 +1514,7 @@ def test_m1s_own_merges_give_its_own_ids(tmp_path):
     if not file.exists():
         pytest.skip("needs MiniMax-M1's merges.txt, here or where M1_MERGES says: its real table")
     (tmp_path / "merges.txt").symlink_to(file.resolve())
-    t = sample.Tokenizer.of(M1Config(), tmp_path)
+    t = Tokenizer.of(M1Config(), tmp_path)
     merges = [line for line in file.read_text(encoding="utf-8").split("\n")[1:] if line]
     assert len(merges) == 199_744 and t.encoding.max_token_value == 200_034
     assert [t.encode(text) for text in ("  ", " t", ".chromium")] == [[256], [257], [199_999]]
@@ -1526,9 +1542,9 @@ BAD_TOKENIZERS = [
 @pytest.mark.parametrize("name, content, message", BAD_TOKENIZERS)
 def test_a_missing_or_foreign_tokenizer_is_one_clear_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    says(f"{tmp_path}.*{message}", sample.Tokenizer.of, M1Config(vocab_size=300), tmp_path)
-    says("read from the model's directory", sample.Tokenizer.of, M1Config())
-    says("unknown tokenizer 'words'", sample.Tokenizer.of, M1Config(tokenizer="words"))
+    says(f"{tmp_path}.*{message}", Tokenizer.of, M1Config(vocab_size=300), tmp_path)
+    says("read from the model's directory", Tokenizer.of, M1Config())
+    says("unknown tokenizer 'words'", Tokenizer.of, M1Config(tokenizer="words"))
 
 
 def test_the_chat_template_is_the_published_one():
@@ -1538,19 +1554,19 @@ def test_the_chat_template_is_the_published_one():
     messages += [{"role": "tool", "content": [{"name": "t", "text": "3°"}] * 2}]
     turns = [
         "system ai_setting=assistant\nBe {brief}.",
-        "system tool_setting=tools\n" + sample.TOOL_TEXT.format(tools=listed),
+        "system tool_setting=tools\n" + TOOL_TEXT.format(tools=listed),
         "user name=user\nhi<end_of_sentence>",
         "ai name=assistant\n<think>\n",
         "tool name=tools\n" + "tool name: t\ntool result: 3°\n\n" * 2,
     ]
     prompt = "".join(f"<beginning_of_sentence>{turn}<end_of_sentence>\n" for turn in turns)
     prompt = f"<begin_of_document>{prompt}<beginning_of_sentence>ai name=assistant\n"
-    assert sample.chat_prompt(messages, tools) == prompt
-    assert zlib.crc32((sample.TOOL_TEXT + sample.SPLIT).encode()) == 1058893747  # word for word
-    ids = TOKENIZER.encode_chat(sample.chat_pieces(messages, tools))
+    assert chat_prompt(messages, tools) == prompt
+    assert zlib.crc32((TOOL_TEXT + SPLIT).encode()) == 1058893747  # word for word
+    ids = TOKENIZER.encode_chat(chat_pieces(messages, tools))
     assert [i for i in ids if i > 255] == [259, *(258, 257) * 5, 258]  # none that a text spells
     assert TOKENIZER.decode(ids) == prompt
-    says("unknown role 'tools'", sample.chat_prompt, [{"role": "tools", "content": "hi"}])
+    says("unknown role 'tools'", chat_prompt, [{"role": "tools", "content": "hi"}])
 
 
 F_CALL, G_CALL = {"name": "f", "arguments": {"x": [1, "</a>"]}}, {"name": "g", "arguments": {}}
@@ -1560,13 +1576,13 @@ MALFORMED = ["{'name': 'f'}", '{"name": "f"}', "[1]", "3", '{"name": 1, "argumen
 
 def test_tool_calls_are_read_line_by_line_and_malformed_ones_named():
     for text in (f"\n{CALLS}\n", f"<think>? <tool_calls>\n{{\n</think> yes{CALLS}"):
-        assert sample.parse_tool_calls(text) == [F_CALL, G_CALL]
-    assert sample.parse_tool_calls(f"<tool_calls>{json.dumps(F_CALL)}</tool_calls>") == [F_CALL]
-    assert sample.parse_tool_calls("none<tool_calls>\n</tool_calls>") == []
+        assert parse_tool_calls(text) == [F_CALL, G_CALL]
+    assert parse_tool_calls(f"<tool_calls>{json.dumps(F_CALL)}</tool_calls>") == [F_CALL]
+    assert parse_tool_calls("none<tool_calls>\n</tool_calls>") == []
     for line in (*MALFORMED, '{"name": "f", "arguments": "x"}'):
         changed = CALLS.replace("\n\n", f"\n{line}\n")
-        says(re.escape(f"found {line!r}"), sample.parse_tool_calls, changed)
-    says("ended inside", sample.parse_tool_calls, CALLS.removesuffix("</tool_calls>"))
+        says(re.escape(f"found {line!r}"), parse_tool_calls, changed)
+    says("ended inside", parse_tool_calls, CALLS.removesuffix("</tool_calls>"))
 
 
 @torch.no_grad()
@@ -1588,7 +1604,7 @@ def test_after_turns_the_cache_is_that_of_one_parallel_pass_and_nothing_was_read
         assert rollout.tokens[0, 3] == TOKENIZER.think_end_id and not rollout.mask[0, 3]
     assert set(ended) == {"budget", "length"}
     prompt = TOKENIZER.decode(chat.tokens) + "<beginning_of_sentence>ai name=assistant\n"
-    assert prompt == sample.chat_prompt(history, tools)  # as text: random bytes are no UTF-8
+    assert prompt == chat_prompt(history, tools)  # as text: random bytes are no UTF-8
     expected = model(torch.tensor([[*chat.tokens, 65, 66]]))[:, -2:]
     assert worst(model(torch.tensor([[65, 66]]), cache=chat.cache), expected) < 1e-9
 
@@ -1894,9 +1910,13 @@ BAD_MODELS = {  # the line, or the part of it before " by ": a file, its content
     "config.json does not exist": (CONFIG, None),
     "model_type 'llama'": (CONFIG, '{"model_type": "llama"}'),
     "is not JSON": (CONFIG, "{"),
-    "is not JSON: 'utf-8'": (CONFIG, b"\xff\xfe\x00"),
-    "model_type None": (CONFIG, "[]"),
-    "hidden_size must be of type int, found '48'": (CONFIG, ('size": 48', 'size": "48"')),
+    "is not UTF-8 text": (CONFIG, b"\xff\xfe\x00"),
+    "must hold a JSON object, found []": (CONFIG, "[]"),
+    "model_type None": (CONFIG, "{}"),
+    "hidden_size must be a number from 1 to 16,777,216, found '48'": (
+        CONFIG,
+        ('size": 48', 'size": "48"'),
+    ),
     "postnorm must be of type bool": (CONFIG, ('"postnorm": true', '"postnorm": "true"')),
     "attn_type_list must hold 5 entries": (CONFIG, ('hidden_layers": 4', 'hidden_layers": 5')),
     "hidden_act must be 'silu'": (CONFIG, ("silu", "gelu")),
@@ -1942,7 +1962,7 @@ model | --context 0 | FLAG must be a number from 1
 model | --x 1 | --help
 train_rl | --stepz 3 / --step 3 / --steps | --steps
 train_rl | --steps many / --steps 1.5 / --seed none / --moves none | FLAG: invalid
-train_rl | --steps -1 | FLAG must be a number from 0 to 1,000,000, found -1
+train_rl | --steps -1 | FLAG must be a number from 0 to 999,999, found -1
 train_rl | --moves 0 | FLAG must be a number from 1 to 1,000, found 0
 train_rl | --seed -1 / --repetition-stop -1 / --filter-problems -1 | FLAG must be a number from 0
 train_rl | --softmax-every -1 / --overlong-buffer -1 / --eps-low -1 | FLAG must be a number from 0
@@ -2107,7 +2127,7 @@ def test_resuming_refuses_other_settings_and_damaged_states(run, tmp_path, capsy
     damaged = [("run.json", json.dumps({"flags": flags | {"steps": [1]}}), "--steps must be")]
     damaged += [("run.json", json.dumps({"flags": old}), "not hold this version's flags")]
     damaged += [("run.json", x, "run.json") for x in ("[" * 10**5, "{}", "[]")]
-    damaged += [("dropped.csv", drops + "\n", "dropped.csv has a line that does not begin with")]
+    damaged += [("dropped.csv", drops + "\n", "dropped.csv does not go on from step")]
     damaged += [(f"step-000003/{name}", None, "is damaged") for name in ("trainer.pt", weights)]
     for name, content, message in damaged:
         bits = bytearray(kept[folder / name])
@@ -2137,8 +2157,8 @@ def test_a_run_goes_on_without_what_it_began_from_and_remembers_its_cold_start(r
     resume(third, "--steps 4")
     assert [row["step"] for row in untimed(third)] == [0, 1, 2, 3, 4]
     assert not any(x.exists() for x in (*leftovers, third / ".latest.writing"))
-    learnt = m1.read_json(third / "run.json")["cold_start"]
-    assert learnt.keys() == {"steps", "skill", "loss"} and learnt["steps"] == 12
+    learnt = read_json(third / "run.json")["cold_start"]
+    assert learnt.keys() == {"steps", "skill", "loss"} and learnt["steps"] == 60
 
 
 # ---- documentation

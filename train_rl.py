@@ -19,6 +19,7 @@ Dimension key: N sequences, L tokens of the longest, G responses per prompt.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import math
@@ -36,7 +37,7 @@ import cispo
 import runlog
 import sample
 import tasks
-from cli import checkpoint, command_line, flat, parse, ranges, torch, unflat
+from cli import check, checkpoint, command_line, fits, flat, parse, read_json, torch, unflat
 from cli import model as m1
 from experience import (
     collect,
@@ -48,6 +49,7 @@ from experience import (
     substream,
     trained_logp,
 )
+from tokenizer import Tokenizer
 
 # ============================================================================
 # 1. Settings                     (Fixed: no flag; studies and tests set it)
@@ -66,7 +68,7 @@ class ColdStart:
     """learnt: this share of forced chains is right"""
 
     def __post_init__(self):
-        ranges(self, sft_steps=(1, 10**6), fork_prior=(0, 1), sft_skill=(0, 1))
+        check(self, sft_steps=(1, 10**6), fork_prior=(0, 1), sft_skill=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,11 @@ class Flags:
     def __post_init__(self):
         """Refuse what cannot work before anything is written or computed."""
         many, limits, hardest = (1, 10**6), self.growth.limits, self.growth.max_moves
-        ranges(self, softmax_every=(0, 1000), seed=(0, 2**62), steps=(0, 10**6), prompts=many)
-        ranges(self, group_size=(2, 10**4), lr=(1e-12, 10), max_grad_norm=(1e-9, 1e9))
-        ranges(self, eval_every=many, eval_problems=(1, 10**5), checkpoint_every=many)
-        ranges(self, updates_per_rollout=(1, self.prompts), min_groups=(1, self.prompts))
+        check(self, softmax_every=(0, 1000), seed=(0, 2**62), steps=(0, 999_999), prompts=many)
+        check(self, group_size=(2, max(2, 10**6 // self.prompts)), max_grad_norm=(1e-9, 10**9))
+        check(self, eval_every=many, eval_problems=(1, 10**5), checkpoint_every=many)
+        check(self, updates_per_rollout=(1, self.prompts), min_groups=(1, self.prompts))
+        check(self, lr=(1e-12, 10), eval_samples=(1, 1000))
         shape = self.preset or self.softmax_every is not None
         harder = hardest and hardest < self.mix.moves
         buffer, shortest = self.recipe.overlong_buffer, limits[0] if limits else self.longest()
@@ -145,6 +148,7 @@ class Flags:
             if applies:
                 raise ValueError(message)
         self.mix.draw(random.Random(0), len(self.mix.names), hardest)  # or says why not
+        _held_out(self.mix, self.eval_problems)
 
     @property
     def held_out(self):
@@ -304,7 +308,7 @@ def train(flags):
             drops = runlog.summarize_drops(drops, tokenizer, step)
             run.log(row, drops, step_line(row, flags, drops))
             if step % flags.checkpoint_every == 0 or step == flags.steps or run.stopping:
-                run.save(model, optimizer, curriculum.state, step)
+                run.save(model, optimizer, curriculum, step)
     return runlog.finish(run, show_samples(model, tokenizer, flags), *named(flags))
 
 
@@ -355,25 +359,37 @@ def measure(slices, old, watched, recipe, longest):
 def begin(flags):
     """(Run, model, tokenizer, optimizer, Curriculum) of a new run, or of one that goes on."""
     torch.manual_seed(flags.seed)
-    resumed = flags.resume is not None and runlog.last_saved(flags.resume)
-    stored = flags.resume if resumed else flags.init
+    run = runlog.Run(flags.resume) if flags.resume else None
+    resumed = run and runlog.last_saved(run.folder)
+    stored = run.folder if resumed else flags.init
     device = choose_device(flags, stored)
     if stored:
         model = checkpoint.load_pretrained(stored, device, torch.float32)
     else:
         model = new_model(flags).to(device)
-    tokenizer, optimizer = sample.Tokenizer.of(model.config), make_optimizer(model)
-    run, state = None, {}
+    tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model)
+    curriculum = tasks.Curriculum(flags.mix, flags.growth)
+    check_lengths(flags, tokenizer, model.config.max_position_embeddings)
     if resumed:
-        run, state = runlog.reopen(flags.resume, optimizer, device, flags.steps)
-    elif flags.resume is None:
+        runlog.reopen(run, optimizer, curriculum, device, flags.steps)
+    if not run:
         size = "init" if flags.init else flags.preset or "tiny"
-        folder = runlog.new_folder(flags.out, f"{size}-{flags.recipe.algo}")
-    run = run or runlog.Run(flags.resume or folder)
+        run = runlog.Run(runlog.new_folder(flags.out, f"{size}-{flags.recipe.algo}"))
     told = dataclasses.replace(flags, out=None, resume=None, eval=None)
     run.describe(flags=flat(told), **runlog.machine(device))
     print(banner(flags, model, run.folder), flush=True)
-    return run, model, tokenizer, optimizer, tasks.Curriculum(flags.mix, flags.growth, **state)
+    return run, model, tokenizer, optimizer, curriculum
+
+
+def check_lengths(flags, tokenizer, limit):
+    """ValueError if prompts with their responses are longer than the model can take."""
+    hardest = flags.growth.max_moves or flags.mix.moves
+    problems = tasks.draw(random.Random(0), len(flags.mix.names), flags.mix.names, hardest)
+    prompt = max(len(tokenizer.encode(p.prompt)) for p in problems)
+    longest = max(flags.longest(), flags.longest(hardest))
+    if prompt + longest > limit:
+        found = f"a prompt of {prompt} tokens and a response of up to {longest}"
+        raise ValueError(f"{found} exceed the model's {limit}: lower --max-new-tokens or --windows")
 
 
 def choose_device(flags, stored):
@@ -387,7 +403,7 @@ def choose_device(flags, stored):
 
 def new_model(flags):
     """An untrained model of --preset and --softmax-every that speaks bytes."""
-    byte, preset, every = sample.Tokenizer.byte(), flags.preset or "tiny", flags.softmax_every
+    byte, preset, every = Tokenizer.byte(), flags.preset or "tiny", flags.softmax_every
     changes = dict(eos_token_id=byte.eos_id, pad_token_id=byte.pad_id)
     if every is not None:
         layers = range(m1.PRESETS[preset]["num_hidden_layers"])
@@ -480,11 +496,15 @@ def stored_flags(path):
     """The flags that a run folder, or the folder above a checkpoint, keeps in run.json; or {}."""
     for file in (Path(path, "run.json"), Path(path).parent / "run.json"):
         if file.is_file():
-            stored = m1.read_json(file)
-            flags = stored.get("flags") if isinstance(stored, dict) else None
-            if not isinstance(flags, dict) or flags.keys() != flat(Flags()).keys():
+            stored = read_json(file)
+            flags, learnt = stored.get("flags"), stored.get("cold_start", {})
+            same = fits(flags, dict) and flags.keys() == flat(Flags()).keys()
+            if not same or not fits(learnt, dict[str, float]):
                 raise ValueError(f"{file} does not hold this version's flags: train that run anew")
-            return flags
+            try:
+                return flat(unflat(Flags, flags))
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from None
     return {}
 
 
@@ -492,25 +512,30 @@ def read_flags(argv):
     """argv -> Flags; what it leaves out comes from the run that --resume, --eval or --init
     names.
     """
-    title = __doc__.splitlines()[0]
-    flags = parse(Flags, argv, title)
-    given = [name for name in ("resume", "eval", "init") if getattr(flags, name) is not None]
-    if not given:
-        return flags
-    if len(given) > 1 or (flags.resume and flags.out):
+    title, first = __doc__.splitlines()[0], argparse.ArgumentParser(add_help=False)
+    for name in ("resume", "eval", "init", "out"):
+        first.add_argument(f"--{name}", nargs="?")
+    paths = vars(first.parse_known_args(argv)[0])
+    if "" in paths.values():
+        raise ValueError("--resume, --eval, --init and --out need a folder, found an empty text")
+    given = [name for name, path in paths.items() if path]
+    starts = [name for name in given if name != "out"]
+    if len(starts) > 1 or {"resume", "out"} <= set(given):
         raise ValueError("--resume, --eval, --init exclude each other, and --resume --out")
-    kind, path = given[0], getattr(flags, given[0])
+    if not starts:
+        return parse(Flags, argv, title)
+    kind, path = starts[0], paths[starts[0]]
     if kind == "resume" and not Path(path, "run.json").is_file():
         example = "give a run folder such as runs/tiny-cispo-001"
         raise ValueError(f"--resume {path}: no run.json there; {example}")
-    stored = stored_flags(path)
+    old = stored_flags(path)
     if kind == "init":
         kept = ("task", "moves", "min_moves", "eval_problems")
-        own = unflat(Flags, {name: x for name, x in stored.items() if name in kept})
+        own = unflat(Flags, {name: x for name, x in old.items() if name in kept})
         return parse(Flags, argv, title, own)
-    before = unflat(Flags, stored)
-    flags, may = parse(Flags, argv, title, before), CHANGEABLE if kind == "resume" else SCORED
-    old = flat(before)
+    flags = parse(Flags, argv, title, unflat(Flags, old))
+    may = CHANGEABLE if kind == "resume" else SCORED
+    old = old or flat(Flags())
     changed = [name for name, x in flat(flags).items() if x != old[name] and name not in may]
     if changed:
         raise ValueError(f"--{kind}: {', '.join(changed)} would change; only {', '.join(may)} may")
@@ -524,7 +549,7 @@ def main(argv=None):
     if flags.eval is None:
         return train(flags)
     model = checkpoint.load_pretrained(flags.eval, choose_device(flags, flags.eval), torch.float32)
-    scores = evaluate(model, sample.Tokenizer.of(model.config), flags)
+    scores = evaluate(model, Tokenizer.of(model.config), flags)
     told = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"{checkpoint.checkpoint_dir(flags.eval)}: {told}")
     return scores

@@ -11,7 +11,6 @@ import tempfile
 from statistics import fmean
 
 import experience
-import sample
 import train_rl
 from cli import checkpoint, unflat
 from studies.common import (
@@ -27,6 +26,7 @@ from studies.common import (
     train_run,
 )
 from studies.windows import jump
+from tokenizer import Tokenizer
 
 STAGED = MIXED | {"fork_prior": 0.3, "windows": "8,12", "steps": 80, "checkpoint_every": 40}
 BUDGETS = range(1, 11)  # tokens of thinking, the fork among them; none at all is malformed
@@ -42,7 +42,7 @@ def spend_budgets(quick):
         seeds = range(1 if quick else 5)
         jobs = [(f"{folder}/{seed}", settings | {"seed": seed}, change) for seed in seeds]
         in_processes(train_run, jobs, "runs")
-        run, byte = unflat(train_rl.Flags, settings), sample.Tokenizer.byte()
+        run, byte = unflat(train_rl.Flags, settings), Tokenizer.byte()
         for seed in seeds:
             for window, step in zip(run.growth.limits, (middle, settings["steps"])):
                 model = checkpoint.load_pretrained(f"{folder}/{seed}/step-{step:06d}")

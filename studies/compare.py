@@ -9,7 +9,6 @@ from pathlib import Path
 from tyro.conf import Positional
 
 import runlog
-from cli import ranges
 from studies.common import draw_curve, picture, points, print_table, script
 
 CURVES = ("accuracy", "fork_rate", "length", "entropy", "ppo_would_drop_frac")
@@ -25,7 +24,6 @@ class Flags:
     """folder for compare.png"""
 
     def __post_init__(self):
-        ranges(self)
         for run in self.runs:
             if not Path(run, "log.csv").is_file():
                 raise ValueError(f"{run} has no log.csv: give run folders, runs/NAME")

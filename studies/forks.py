@@ -63,7 +63,7 @@ def watch_all(quick):
     """Rows of forks.csv: algo, turn (the update that trains on the response), update, ..."""
     few = {"eval_problems": 6, "eval_samples": 1} if quick else {}
     with tempfile.TemporaryDirectory() as folder:
-        cold = {"fork_prior": 0.05, "steps": 0} | ({"sft_steps": 40} if quick else {})
+        cold = {"fork_prior": 0.05, "steps": 0} | ({"sft_steps": 100} if quick else {})
         train_run(f"{folder}/cold", few | cold)
         settings = few | {"updates_per_rollout": 16, "steps": 1, "lr": 1e-3}  # warm-up: lr / 5
         runs = [watch(algo, folder, settings) for algo in ("cispo", "dapo", "grpo")]

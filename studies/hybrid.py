@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import runlog
-from cli import model as m1
+from cli import read_json
 from studies.common import (
     bootstrap,
     by,
@@ -37,7 +37,7 @@ def recall(out, task, ratio, seed, quick):
     effort = {"sft_steps": 2 if quick else STEPS, "sft_skill": SKILL, "fork_prior": 0.0}
     shape = {"softmax_every": ratio, "min_moves": 2, "moves": PAIRS[-1]}
     train_run(out, common | effort | shape)
-    learnt = m1.read_json(Path(out, "run.json"))["cold_start"]
+    learnt = read_json(Path(out, "run.json"))["cold_start"]
     for pairs in PAIRS:
         train_run(f"{out}-{pairs}", common | {"init": out, "moves": pairs})
         accuracy = runlog.read_log(f"{out}-{pairs}/log.csv")[0]["accuracy"]

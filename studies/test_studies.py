@@ -33,6 +33,7 @@ from studies import adam, algos, budget, common, control, eps, forks, hybrid, pr
 from studies import balance as balance_study
 from studies import compare as compare_runs
 from studies import main as main_job
+from tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 FIGURES = HERE.parent / "figures"
@@ -314,7 +315,7 @@ def test_forks_follows_one_response_through_its_updates(tmp_path):
     rng = random.Random(0)
 
     def score(problem, text, ended):
-        return tasks.Score(rng.random(), False, False, False)
+        return tasks.Score(rng.random(), rng.random() < 0.5, False, False)
 
     few = {"sft_steps": 2, "eval_problems": 6, "eval_samples": 1, "fork_prior": 0.5}
     settings = {"steps": 1, "updates_per_rollout": 4, "prompts": 4, "moves": 2, "lr": 1e-2}
@@ -369,7 +370,7 @@ def ratio_error():
 
 def fork_error():
     """|fork rate taught - asked for|"""
-    byte, flags = sample.Tokenizer.byte(), train_rl.Flags()
+    byte, flags = Tokenizer.byte(), train_rl.Flags()
     batch = train_rl.demonstrations(flags, random.Random(0), byte, 10_000, "cpu")
     learned = batch.tokens[:, 1:][batch.trained]
     forks, guesses = (int((learned == ord(x)).sum()) for x in (tasks.FORK, tasks.GUESS))
