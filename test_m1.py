@@ -11,6 +11,7 @@ import collections
 import contextlib
 import csv
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -34,6 +35,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # here and in child processes: steady on a 
 
 import numpy as np
 import pytest
+import safetensors.torch as safetensors
 import torch
 import torch.nn.functional as F
 
@@ -584,6 +586,42 @@ def test_logits_and_router_stay_fp32_in_a_bf16_model(tmp_path):
     assert {p.dtype for p in wide.parameters()} == {torch.float64}
 
 
+@pytest.mark.parametrize("wide", ["norm", "embed", "experts.0", "shared"])
+def test_mixed_stored_dtypes_run_and_autocast_changes_nothing(wide, tmp_path):
+    """bf16 weights, those named `wide` fp32: products have the dtype that the embedding sets."""
+    exact = small_model(dtype=torch.float32, shared_intermediate_size=8)
+    save_pretrained(exact, tmp_path / "a")
+    file = next((tmp_path / "a").glob("*.safetensors"))
+    tensors = {k: x if wide in k else x.bfloat16() for k, x in safetensors.load_file(file).items()}
+    safetensors.save_file(tensors, file)
+    (tmp_path / "a/model.safetensors.index.json").unlink()  # it has the checksum of other bytes
+    file.rename(tmp_path / "a/model.safetensors")
+    model, ids = load_pretrained(tmp_path / "a"), torch.randint(272, (2, 9))
+    dtypes = {p.dtype for p in model.parameters()}
+    assert dtypes == {torch.float32, torch.bfloat16} and model(ids).dtype == torch.float32
+    assert relative_error(model(ids), exact(ids)) < 0.03
+    r = sample.generate(model, ids.tolist(), max_new_tokens=4, eos_id=0, seed=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = sample.generate(model, ids.tolist(), max_new_tokens=4, eos_id=0, seed=0)
+        inside = exact(ids)
+    assert torch.equal(again.logp, r.logp) and torch.equal(inside, exact(ids))
+
+
+def test_masks_are_made_in_blocks_and_not_at_all_for_a_first_prompt_without_padding():
+    q, k, v = (torch.randn(2, 9, heads, 8, dtype=torch.float64) for heads in (6, 2, 2))
+    last = torch.arange(9).expand(2, 9)
+    seen = torch.minimum(torch.tensor([[0], [4]]), last), last
+    attend = m1.SoftmaxAttention.attend
+    assert worst(attend(q, k, v, seen, most=18 * 4), attend(q, k, v, seen)) < 1e-15
+    causal = attend(q[:1], k[:1], v[:1])
+    assert worst(attend(q, k, v, seen)[:1], causal) < 1e-15
+    model, ids = small_model(), torch.randint(272, (2, 5))
+    cache = model.new_cache(2, 20)
+    for tokens, masked in ((ids, False), (ids, True), (ids[:, :1], True)):
+        assert (model._layout(tokens, None, cache, None).seen is not None) == masked
+        model(tokens, cache=cache)
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_saving_and_loading_gives_the_same_logits_and_the_same_bytes(tmp_path, parity_model, ours):
     own = small_model(dtype=torch.float32, shared_intermediate_size=8)
@@ -613,6 +651,17 @@ def test_group_advantages_compare_siblings_and_vanish_exactly_in_flat_groups():
     plain = cispo.group_advantages(rewards, 4, normalize_std=False)
     assert plain[0].item() == pytest.approx(0.75)
     assert cispo.informative_groups(rewards, 4).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("pair", [[1e6, 1e6 + 0.5], [0, 5e-324], [-1e299, 1e299], [0, 1e-200]])
+def test_advantages_are_finite_and_wide_for_any_two_rewards_that_differ(pair):
+    rewards = torch.tensor(pair, dtype=torch.float64)
+    assert cispo.group_advantages(rewards, 2).tolist() == [-1, 1]
+    assert cispo.informative_groups(rewards, 2).tolist() == [True]
+    narrow = cispo.group_advantages(torch.tensor([1.0, 0.1]).bfloat16(), 2)
+    assert narrow.dtype == torch.float32 and narrow.tolist() == [1, -1]
+    for rewards in (torch.tensor([0, 1]), torch.tensor([False, True])):
+        assert cispo.group_advantages(rewards, 2).tolist() == [-1, 1]
 
 
 # d J / d log pi for r = 0.5, 1, 1.5, 8 and A = +1, -1, derived by hand from eq. 1, 3, 4-5, 6-7
@@ -705,6 +754,10 @@ def test_statistics_are_those_of_the_trained_tokens():
     expected["ess"] = r.sum() ** 2 / (r**2).sum() / len(r)
     stats = cispo.statistics(log_ratio, dropped, weights, recipe)
     assert stats == pytest.approx({name: float(x) for name, x in expected.items()})
+    for dtype in (torch.float32, torch.float64):  # a log-ratio beyond fp32's exponents
+        far = torch.tensor([0.0, 1000.0], dtype=dtype)
+        stats = cispo.statistics(far, far > 1, torch.ones(2))
+        assert all(map(math.isfinite, stats.values())) and stats["ratio_max"] > 1e38
 
 
 def test_overlong_penalty_falls_from_0_to_minus_1_over_the_buffer():
@@ -759,6 +812,10 @@ def test_verifiers_pay_right_answers_little_for_form_and_nothing_for_nonsense(ta
         expected = pytest.approx(reward), reward > 1, reward > 0, text[:1] == "~"
         assert dataclasses.astuple(tasks.score(problem, text)) == expected, text
         assert tasks.score(problem, text, ended=False).reward == 0
+    for verdict in (0.5, math.nan, 1, None, torch.tensor(True), np.bool_(True)):
+        with mock.patch.object(tasks.Problem, "check", lambda *_, v=verdict: v):
+            with pytest.raises(TypeError, match="must return True or False"):
+                tasks.score(problem, closed)
 
 
 @pytest.mark.parametrize("name", ["recall", "far"])
@@ -949,7 +1006,7 @@ def test_only_informative_groups_are_kept_and_too_few_of_them_ask_for_more_promp
 
     model = small_model()
     batch, seen = collected(overlong_buffer=2)
-    # penalties: -1 for 4 tokens, -0.5 for the one of 3; groups that only they tell apart are dropped
+    # penalties: -1 for 4 tokens, -0.5 for the one of 3; they alone make no group informative
     assert batch.rewards.tolist() == [0, -0.5, -1, 0, 0, -1]
     column, (first, *rest) = batch.tokens[:, 1:][batch.trained], ([0, 2, 3, 4, 6], 8, 12, 16, 20)
     assert column.tolist() == first + [i + k for i in rest for k in (0, 2, 3)]
@@ -1426,11 +1483,12 @@ def test_a_filtered_run_goes_on_with_its_problems(start, tmp_path, monkeypatch):
     assert finished(parted) == finished(whole) and state["curriculum"]["kept"][1] == marks
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("n, last", [(1, "step-000003"), (2, "step-000000"), (1, "")])
 def test_ctrl_c_saves_the_step_but_twice_or_in_the_cold_start_it_acts_at_once(
-    n, last, start, run, tmp_path, capsys, monkeypatch
+    number, n, last, start, run, tmp_path, capsys, monkeypatch
 ):
-    before, folder = signal.getsignal(signal.SIGINT), tmp_path / "a"
+    before, folder = signal.getsignal(number), tmp_path / "a"
     where, flags = "collect", start + "--steps 500 --checkpoint-every 400"
     if not last:
         where, flags = "cold_start", "--task mod"
@@ -1438,7 +1496,7 @@ def test_ctrl_c_saves_the_step_but_twice_or_in_the_cold_start_it_acts_at_once(
 
     def interrupted(*args):
         for _ in range(n * (not last or args[-1] == 3)):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         assert last, "the cold start went on"
         return real(*args)
 
@@ -1446,11 +1504,13 @@ def test_ctrl_c_saves_the_step_but_twice_or_in_the_cold_start_it_acts_at_once(
         patch.setattr(train_rl, where, interrupted)
         train(folder, flags)
     again = f"go on with: python train_rl.py --resume {folder}"
-    assert again in capsys.readouterr().err and signal.getsignal(signal.SIGINT) == before
+    assert again in capsys.readouterr().err and signal.getsignal(number) == before
     assert newest(folder) == last and (not last or len(untimed(folder)) == 5 - n)
     if not last:
+        draft = folder / ".step-000000.writing-9"  # as if killed in the first checkpoint
+        draft.mkdir()
         resume(folder)
-        assert finished(folder) == finished(run[0])
+        assert finished(folder) == finished(run[0]) and not draft.exists()
 
 
 # ============================================================================
@@ -1478,6 +1538,23 @@ def tokenizer_json(merges=MERGES, stored=MERGES):
     return vocab, json.dumps({"added_tokens": added, "model": model}).encode()
 
 
+def with_step(name, value, *inside):
+    """A tokenizer.json that asks for something besides its merges."""
+    stored = part = json.loads(tokenizer_json()[1])
+    for key in inside:
+        part = part[key]
+    part[name] = value
+    return json.dumps(stored).encode()
+
+
+def pipeline(split=SPLIT, prefix=False):
+    """How a tokenizer.json writes M1's steps before the merges, or others."""
+    split = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
+    letters = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True}
+    letters["use_regex"] = False
+    return {"type": "Sequence", "pretokenizers": [split, letters]}
+
+
 def naive_bpe(text, merges):
     """Byte-level BPE by definition: in every piece, join the pair of lowest rank while there is."""
     rank = {tuple(bytes(map(LETTERS.index, x)) for x in m.split()): r for r, m in enumerate(merges)}
@@ -1495,8 +1572,8 @@ def test_a_published_tokenizer_has_the_ids_of_its_files_and_merges_by_rank(tmp_p
     (tmp_path / "merges.txt").write_bytes(MERGES_TXT)
     expected, specials = SMALL_IDS, M1_SPECIALS
     if name == "tokenizer.json":  # comes first
-        expected, stored = tokenizer_json()
-        (tmp_path / name).write_bytes(stored)
+        expected, _ = tokenizer_json()
+        (tmp_path / name).write_bytes(with_step("pre_tokenizer", pipeline()))
         specials = {name: 268 + i for i, name in enumerate(M1_SPECIALS)}
     t = Tokenizer.of(M1Config(), tmp_path)
     assert t.special == specials and t.eos_id == t.pad_id == specials["<end_of_sentence>"]
@@ -1507,6 +1584,8 @@ def test_a_published_tokenizer_has_the_ids_of_its_files_and_merges_by_rank(tmp_p
         ids = [id_of[part] for part in naive_bpe(text, MERGES)]
         assert t.encode(text) == ids and t.decode(ids) == text
     assert t.decode([150_000, expected["h"]]) == "\ufffdh"  # an id without a token
+    assert len(t.encode("x" + " " * 400_000)) == 400_001
+    says("500,000 blanks in a row", t.encode, "x" + "\n" * 1_000_001)
 
 
 def test_m1s_own_merges_give_its_own_ids(tmp_path):
@@ -1535,6 +1614,13 @@ BAD_TOKENIZERS = [
     ("tokenizer.json", b'{"model": {"vocab": {}, "merges": []}}', "it lacks 'Ā'"),
     ("tokenizer.json", b"[]", "tokenizer.json cannot be"),
     ("tokenizer.json", tokenizer_json(MERGES[::-1])[1], "rise from merge to merge"),
+    ("tokenizer.json", tokenizer_json(*[["he ll", "l l", "h e"]] * 2)[1], "joins earlier"),
+    ("tokenizer.json", tokenizer_json(stored=[*MERGES, "h e"])[1], "must be distinct"),
+    ("tokenizer.json", with_step("normalizer", {"type": "NFC"}), "normalizer is not M1's"),
+    ("tokenizer.json", with_step("pre_tokenizer", pipeline(prefix=True)), "pre_tokenizer is not"),
+    ("tokenizer.json", with_step("pre_tokenizer", pipeline(r"\s+")), "pre_tokenizer is not"),
+    ("tokenizer.json", with_step("ignore_merges", True, "model"), "ignore_merges is not M1's"),
+    ("tokenizer.json", with_step("byte_fallback", True, "model"), "byte_fallback is not M1's"),
     ("tokenizer.json", tokenizer_json(stored=["z z"])[1], "it lacks 'zz'"),
 ]
 
@@ -1569,6 +1655,20 @@ def test_the_chat_template_is_the_published_one():
     says("unknown role 'tools'", chat_prompt, [{"role": "tools", "content": "hi"}])
 
 
+def test_other_ways_to_write_a_message_are_taken_or_refused_in_one_line():
+    def told(content, role="user", **more):
+        return chat_prompt([{"role": role, "content": content, **more}])
+
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert told(parts) == told("ab") and told(parts, "system") == told("ab", "system")
+    assert told("3", "tool", name="t") == told([{"name": "t", "text": "3"}], "tool")
+    for content in (None, 3, ["a"], [{"type": "image"}], [{"type": "text"}], {"text": "a"}):
+        says("content of a message must be a text or a list of", told, content, "assistant")
+        says("content of a tool's message must be a list of", told, content, "tool")
+    says("content of a tool's message must be a list of", told, "3", "tool")  # of which tool?
+    says("as a <tool_calls> block", told, None, "assistant", tool_calls=[F_CALL])
+
+
 F_CALL, G_CALL = {"name": "f", "arguments": {"x": [1, "</a>"]}}, {"name": "g", "arguments": {}}
 CALLS = f"<tool_calls>\n{json.dumps(F_CALL)}\n\n  {json.dumps(G_CALL)}\n</tool_calls>"
 MALFORMED = ["{'name': 'f'}", '{"name": "f"}', "[1]", "3", '{"name": 1, "arguments": {}}']
@@ -1583,6 +1683,18 @@ def test_tool_calls_are_read_line_by_line_and_malformed_ones_named():
         changed = CALLS.replace("\n\n", f"\n{line}\n")
         says(re.escape(f"found {line!r}"), parse_tool_calls, changed)
     says("ended inside", parse_tool_calls, CALLS.removesuffix("</tool_calls>"))
+    for tag in ("</think>", "</tool_calls>", "<tool_calls>", "<think>", "}", '"'):
+        inside = {"name": "f", "arguments": {"x": f"a {tag} b"}}
+        block = f"<tool_calls>\n{json.dumps(inside)}\n</tool_calls>"
+        for before in ("", "<think>a</think>", "a</think>", f"{CALLS}</think>"):
+            assert parse_tool_calls(before + block + " so") == [inside]
+            again = parse_tool_calls(f"{before}{block} </think>")  # a second one is text
+            assert again == ([inside] if before else [])
+        assert parse_tool_calls(f"<think>{block}") == []  # never closed
+        spread = block.replace(": ", ":\n")
+        assert parse_tool_calls(spread) == parse_tool_calls(block)
+        cut = "a tool call is" if tag == "</tool_calls>" else "ended inside"
+        says(cut, parse_tool_calls, block[: block.index(" b")])
 
 
 @torch.no_grad()
@@ -1932,7 +2044,47 @@ BAD_MODELS = {  # the line, or the part of it before " by ": a file, its content
     "is stored twice": ("model-00001-of-00002.safetensors", WHOLE),
     "is not JSON: Expecting value": (INDEX, "[1,"),
     "is not a safetensors index": (INDEX, "{}"),
+    **{
+        f"is not a safetensors index: found {found} by {key}": (INDEX, (old, f'"metadata": {new}'))
+        for old in ['"metadata": {\n  "total_size": 485184\n }']
+        for key, new, found in [
+            ("null", "null", "None"),
+            ("text", '"x"', "'x'"),
+            ("list", "[1]", "[1]"),
+            ("sums", '{"crc32": null}', "{'crc32': None}"),
+            ("sum", '{"crc32": "x"}', "{'crc32'"),
+            ("number", '{"crc32": {"a": "1"}}', "{'crc32'"),
+        ]
+    },
+    "which is no file of its directory": (INDEX, ('"model-00000', '"../model-00000')),
+    "model-00000-of-00002.safetensors, but no model.safetensors.index.json": (INDEX, None),
+    "vocab_size must be a number from 1": (
+        CONFIG,
+        ('"vocab_size": 97', f'"vocab_size": {10**400}'),
+    ),
+    "is not JSON: Exceeds the limit": (CONFIG, ('"vocab_size": 97', f'"vocab_size": {"9" * 5000}')),
+    "promises 100663296 tensors of experts": (
+        CONFIG,
+        ('layers": 4', 'layers": 512', 'experts": 4', 'experts": 65536', "[\n", f"[{'0,' * 508}\n"),
+    ),
+    "num_local_experts must be a number from 1 to": (CONFIG, ('experts": 4', 'experts": 16777216')),
+    "router_aux_loss_coef must be a number from 0": (CONFIG, ('coef": 0.001', 'coef": NaN')),
+    "router_aux_loss_coef must be": (CONFIG, ('coef": 0.001', 'coef": -1')),
+    "shared_intermediate_size must be a number": (
+        CONFIG,
+        ('intermediate_size": 0', 'intermediate_size": -1'),
+    ),
+    "does not say rotary_dim": (CONFIG, ('"rotary_dim": 8,', "")),
+    "does not say postnorm": (CONFIG, ('"postnorm": true,', "")),
+    "does not say layernorm_mlp_alpha": (CONFIG, ('"layernorm_mlp_alpha": 2.125,', "")),
+    "rope is one rope_theta, without scaling, found": (
+        CONFIG,
+        ('"rope_theta": 10000', '"rope_parameters": {"rope_theta": 1, "rope_type": "yarn"}'),
+    ),
     "step-000007": ("latest", "step-000007"),
+    "must name a checkpoint such as step-000040, found ''": ("latest", ""),
+    "must name a checkpoint such as": ("latest", "../other/step-000005"),
+    "more than 100": ("latest", "step-000000" * 10**5),
 }
 
 
@@ -1947,7 +2099,10 @@ def test_a_damaged_or_foreign_model_directory_is_one_clear_line(tmp_path, capsys
     (name, change), bits = BAD_MODELS[message], "latin-1"
     file = folder / name
     if isinstance(change, tuple):
-        change = file.read_text(bits).replace(*change)
+        old_new, change = change, file.read_text(bits)
+        for old, new in zip(old_new[::2], old_new[1::2]):
+            assert old in change
+            change = change.replace(old, new)
     file.unlink(missing_ok=True)
     if change is not None:
         file.write_bytes(change if isinstance(change, bytes) else change.encode(bits))
@@ -1981,6 +2136,15 @@ train_rl | --temperature 0 | FLAG must be a number from 0.01
 train_rl | --preset huge / --preset m1 / --algo ppo / --token-weights none | argument 'FLAG'
 train_rl | --device tpu | argument '--device'. Expected one of
 train_rl | --moves 1 / --eval-problems 100000 | held-out problems
+train_rl | --windows 8,9 --moves 1 | held-out problems
+train_rl | --moves 40000 | FLAG must be a number from 1 to 1,000
+train_rl | --prompts 1000000000 | FLAG must be a number from 1 to 1,000,000
+train_rl | --group-size 100000 | FLAG must be a number from 2 to 31,250
+train_rl | --seed 1000000000000000000000000000000 | FLAG must be a number from 0 to 4,6
+train_rl | --eps-high 1e39 / --eps-low 1e7 / --clip-high 1e30 | FLAG must be at most 1,000,000
+train_rl | --max-new-tokens 40000 / --windows 8,40000 | exceed the model's 32768: lower
+train_rl | --init start --max-new-tokens 40000 | exceed the model's 32768: lower
+train_rl | --resume= / --eval= / --init= / --out= | need a folder, found an empty text
 train_rl | --task mod,chess / --task , | choose from mod, walk, cups
 train_rl | --task recall --moves 27 | 26 keys
 train_rl | --overlong-buffer 99 / --windows 8,9 --overlong-buffer 9 | is more than a response
@@ -2023,6 +2187,7 @@ def elsewhere(tmp_path_factory):
     """A folder with a model and a file, in which no flag may change anything."""
     folder = tmp_path_factory.mktemp("elsewhere")
     shutil.copytree(HERE / "parity", folder / "parity")
+    save_pretrained(tiny_model(), folder / "start")
     shutil.copy(HERE / "LICENSE", folder / "LICENSE")
     return folder
 
@@ -2037,10 +2202,14 @@ def test_bad_flags_are_one_clear_line_and_touch_no_file(
     assert before == {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")}
 
 
-def new_tokens(model, prompt):
-    return lambda: sample.generate(model, [prompt], max_new_tokens=2, eos_id=0, seed=0)
+def new_tokens(model, prompt, **how):
+    how = dict(max_new_tokens=2, eos_id=0, seed=0) | how
+    return lambda: sample.generate(model, [prompt], **how)
 
 
+broken = small_model()
+broken.lm_head.weight.data[7] = torch.nan
+INF = math.inf
 ONE, THREE, NAN = torch.ones(1, 2), torch.ones(3), torch.full((1, 2), torch.nan)
 
 
@@ -2051,7 +2220,31 @@ def attend(slope=THREE, at=0, value=None, **how):
     return lambda: lightning_attention(*inputs[:3], slope, *inputs[3:], **how)
 
 
+def step(q=THREE, slope=THREE, state=None):
+    """lightning_step of one row of 3 heads, of width 1."""
+    q, state = q.view(1, 3, 1), torch.zeros(1, 3, 1, 1) if state is None else state
+    return lambda: lightning_step(q, torch.ones(1, 3, 1), torch.ones(1, 3, 1), slope, state)
+
+
+TRACE = torch.zeros(1, 3, 1, 1)
 BAD_CALLS = {
+    "share one floating dtype, found torch.int64": step(torch.ones(3, dtype=torch.int64)),
+    "share one floating dtype, found torch.float64": step(THREE.double()),
+    "is a view of the state": step(TRACE, state=TRACE),
+    "state must be torch.float32 of shape (1, 3, 1, 1)": step(state=torch.zeros(1, 3, 1, 2)),
+    "slopes must be positive numbers, found [1.0, 0.0, 1.0]": step(slope=torch.tensor([1, 0.0, 1])),
+    "slopes must be positive numbers, found [nan": attend(slope=THREE * torch.nan),
+    "slopes must be positive numbers, found [inf": attend(slope=THREE / 0),
+    "slopes must be positive numbers, found [-1": attend(slope=-THREE),
+    "slope must not require gradients": attend(slope=torch.ones(3, requires_grad=True)),
+    "a chunk must have at least 1 token, found -3": lambda: FORMS["chunk"](
+        *attention_inputs(3)[:3], THREE, chunk=-3
+    ),
+    "logits are not finite": new_tokens(broken, [1], temperature=0),
+    "logits are not finite ": new_tokens(broken, [1]),
+    "temperature must be a number from 0 to 100": new_tokens(small_model(), [1], temperature=INF),
+    "token id 65.5 is outside": new_tokens(small_model(), [65.5]),
+    "token id True is outside": new_tokens(small_model(), [True]),
     "exceeds the model's 9": new_tokens(small_model(max_position_embeddings=9), [1] * 8),
     "outside the model's vocabulary": new_tokens(small_model(), [272]),
     "of at least one token": new_tokens(small_model(), []),
@@ -2072,7 +2265,7 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("message", BAD_CALLS)
 def test_bad_calls_say_what_is_wrong(message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message.strip())):
         BAD_CALLS[message]()
 
 
@@ -2084,6 +2277,7 @@ def test_a_full_disk_stops_a_run_in_one_line_and_keeps_its_checkpoint(start, tmp
     try:
         flags = start + "--steps 6 --checkpoint-every 3 --lr 5e-4"
         said = "stopped in step 3", f"last good checkpoint: {folder / 'step-000000'}"
+        said += (f"cannot write {folder / 'step-000003'}: {os.strerror(errno.EFBIG)}",)
         refuses(capsys, lambda _: train(folder, flags), "", *said)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -2121,24 +2315,104 @@ def test_resuming_refuses_other_settings_and_damaged_states(run, tmp_path, capsy
         refused(flags, message)
     refused("--lr 1", "lr would change", f"--eval {folder}")
     refused("", "no run.json", f"--resume {folder}/step-000003")
-    flags = json.loads(kept[folder / "run.json"])["flags"]
-    drops = kept[folder / "dropped.csv"].decode()
+    record = json.loads(kept[folder / "run.json"])
+    flags, log, drops = (
+        record["flags"],
+        kept[folder / "log.csv"].decode().splitlines(True),
+        kept[folder / "dropped.csv"].decode(),
+    )
     old = {name: x for name, x in flags.items() if name != "windows"}
     damaged = [("run.json", json.dumps({"flags": flags | {"steps": [1]}}), "--steps must be")]
+    damaged += [("run.json", json.dumps({"flags": flags | {"task": 3}}), "--task must be of type")]
     damaged += [("run.json", json.dumps({"flags": old}), "not hold this version's flags")]
+    damaged += [("run.json", json.dumps(record | {"cold_start": [1]}), "this version's flags")]
     damaged += [("run.json", x, "run.json") for x in ("[" * 10**5, "{}", "[]")]
-    damaged += [("dropped.csv", drops + "\n", "dropped.csv does not go on from step")]
+    for lines, message in (
+        ([], "log.csv has another header"),
+        (log[:1] + log, "line 2 of"),  # a header twice
+        ([*log[:3], log[2], *log[3:]], "line 4 of"),  # written by two
+        ([*log[:3], *log[4:]], "line 4 of"),
+        ([*log[:2], log[2].replace(",", ",x", 2), *log[3:]], "line 3 of"),
+        ([*log[:2], log[2].partition(",")[2], *log[3:]], "line 3 of"),
+        (log[:4], "ends at step 2, before 3"),
+        ([*log[:4], "\0" * 99 + "\n"], "line 5 of"),
+    ):
+        damaged += [("log.csv", "".join(lines), message)]
+    for line in ("\n", "1,a\n", "x,a,yes,1,1,1\n", "1,a,yes,many,1,1\n", "0,a,yes,1,1,1\n" * 2):
+        damaged += [
+            ("dropped.csv", drops.partition("\n")[0] + f"\n1,a,yes,1,1,1\n{line}", "line 3")
+        ]
+    damaged += [("samples.txt", b"\xff", "samples.txt is not UTF-8")]
     damaged += [(f"step-000003/{name}", None, "is damaged") for name in ("trainer.pt", weights)]
     for name, content, message in damaged:
         bits = bytearray(kept[folder / name])
         bits[len(bits) // 2] ^= 16  # one bit of the data, which no header betrays
-        (folder / name).write_bytes(bits if content is None else content.encode())
+        content = content.encode() if isinstance(content, str) else content
+        (folder / name).write_bytes(bits if content is None else content)
         refused("--steps 9", message)
         (folder / name).write_bytes(kept[folder / name])
+    for name in ("samples.txt", "log.csv"):
+        (folder / name).rename(tmp_path / name)
+        refused("--steps 9", f"{name} does not exist")
+        (tmp_path / name).rename(folder / name)
+    with runlog.Run(folder):
+        refused("--steps 9", "another process is writing to")
     (folder / "latest").unlink()  # killed before it was written
     resume(folder)
     assert newest(folder) == "step-000003" and "step   1/3" not in capsys.readouterr().out
     train_rl.main(f"--eval {folder} --eval-problems 3".split())
+
+
+FORGED = """
+took -1.0 seconds | state["seconds"] = -1.0
+says that its step is 7 | state["step"] = 7
+says that its step is True | state["step"] = True
+does not hold what a run saves | state["more"] = 1
+its optimizer has other settings | group["betas"] = (0.9, 0.99)
+its optimizer has other settings | group["params"] = group["params"][1:]
+its optimizer has other settings | state["optimizer"]["param_groups"] *= 2
+its learning rate is | group["lr"] = math.inf
+its learning rate is | group["lr"] = "x"
+its optimizer has other parameters | del moments[0]
+exp_avg of parameter 0 is not | moments[0]["exp_avg"] = moments[0]["exp_avg"][1:]
+exp_avg of parameter 0 is not | moments[0]["exp_avg"] = moments[0]["exp_avg"].double()
+exp_avg of parameter 0 is not | moments[0]["exp_avg"] = moments[0]["exp_avg"].T.contiguous().T
+exp_avg_sq of parameter 0 is not | moments[0]["exp_avg_sq"][0] = -1.0
+step of parameter 0 is not | moments[0]["step"] = torch.tensor(math.inf)
+is damaged; let | moments[0]["step"] = 3
+is damaged; let | del moments[0]["exp_avg"]
+is damaged; let | state["optimizer"] = [1]
+a curriculum of this run cannot be | curriculum["extra"] = 10**9
+a curriculum of this run cannot be | curriculum["window"] = 1
+a curriculum of this run cannot be | curriculum["windows"] = 0
+a curriculum of this run cannot be | curriculum["perplexity"] = [math.nan]
+a curriculum of this run cannot be | curriculum["correct"] = [0.5] * 99
+a curriculum of this run cannot be | curriculum["correct"] = ["x"]
+a curriculum of this run cannot be | curriculum["kept"] = (7, [True])
+a curriculum of this run cannot be | state["curriculum"] = None
+"""  # what the one line says | what was changed before the checksum was made
+
+
+def test_a_forged_trainer_state_is_refused_before_anything_changes(run, tmp_path, capsys):
+    folder, index = tmp_path / "a", "model.safetensors.index.json"
+    shutil.copytree(run[0], folder)
+    file, listed = (folder / "step-000003" / name for name in ("trainer.pt", index))
+    for line in FORGED.strip().splitlines():
+        message, change = line.split(" | ")
+        state = torch.load(run[0] / "step-000003/trainer.pt", weights_only=True)
+        names = dict(state=state, moments=state["optimizer"]["state"], math=math, torch=torch)
+        names |= dict(group=state["optimizer"]["param_groups"][0], curriculum=state["curriculum"])
+        exec(change, names)
+        torch.save(state, file)
+        stored = json.loads(listed.read_text())
+        stored["metadata"]["crc32"]["trainer.pt"] = zlib.crc32(file.read_bytes())
+        listed.write_text(json.dumps(stored))
+        before = contents(folder)
+        refuses(capsys, train_rl.main, f"--resume {folder} --steps 9", "trainer.pt", message)
+        assert before == contents(folder), change
+    del stored["metadata"]["crc32"]
+    listed.write_text(json.dumps(stored))
+    refuses(capsys, train_rl.main, f"--resume {folder} --steps 9", "checksum is missing")
 
 
 def test_a_run_goes_on_without_what_it_began_from_and_remembers_its_cold_start(run, tmp_path):
@@ -2149,7 +2423,8 @@ def test_a_run_goes_on_without_what_it_began_from_and_remembers_its_cold_start(r
     assert resume(second, "--steps 2")["steps"] == 2
     shutil.copytree(run[0], third)
     leftovers = third / ".step-000004.writing-9", third / "step-000005"  # of a kill
-    for leftover in leftovers:
+    others = third / "step-notes", third / "step-000006-backup", third / "step-0000007"
+    for leftover in leftovers + others:
         leftover.mkdir()
     (third / ".latest.writing").write_text("half")
     with open(third / "log.csv", "a") as file:
@@ -2157,6 +2432,7 @@ def test_a_run_goes_on_without_what_it_began_from_and_remembers_its_cold_start(r
     resume(third, "--steps 4")
     assert [row["step"] for row in untimed(third)] == [0, 1, 2, 3, 4]
     assert not any(x.exists() for x in (*leftovers, third / ".latest.writing"))
+    assert all(x.exists() for x in others)
     learnt = read_json(third / "run.json")["cold_start"]
     assert learnt.keys() == {"steps", "skill", "loss"} and learnt["steps"] == 60
 
