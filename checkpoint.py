@@ -207,7 +207,8 @@ def _check_names(path, expected, found):
     """ValueError unless both hold the same names with the same shapes; says which differ."""
 
     def some(names):
-        return f"{len(names)} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        shown = ", ".join(name[:200] for name in sorted(names)[:3])
+        return f"{len(names)} ({shown}{', ...' if len(names) > 3 else ''})"
 
     other = [n for n in expected.keys() & found.keys() if found[n] != expected[n]]
     problems = {

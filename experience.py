@@ -51,7 +51,7 @@ class Batch(NamedTuple):
         groups = torch.arange(len(self.tokens) // group_size)
         parts = groups.tensor_split(min(k, len(groups)))
         rows = [slice(int(g[0]) * group_size, int(g[-1] + 1) * group_size) for g in parts]
-        return [Batch(*(x[part] for x in self)) for part in rows]
+        return [Batch(*(x if x is None else x[part] for x in self)) for part in rows]
 
 
 def make_batch(prompts, responses, learned, device, rewards=None, infer_logp=None):

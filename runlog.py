@@ -61,6 +61,7 @@ seconds rollout_s reward_s update_s eval_s     # of the step, and of its parts
 """
 COLUMNS = [name for line in TABLE.splitlines() for name in line.partition("#")[0].split()]
 DROPPED = ["step", "token", "rose", "count", "probability", "ratio"]  # before the updates; means
+MEASURED = ("accuracy", "pass_k", "greedy", "eval_fork_rate", "eval_length")  # at step 0 and last
 TIMES = ("rollout_s", "reward_s", "update_s", "eval_s")
 
 # ============================================================================
@@ -104,18 +105,18 @@ def _until(path, columns, step):
     for line in lines[:-1]:
         try:
             row = dict(zip(columns, next(csv.reader([line])), strict=True))
-            now = {name: float(x) for name, x in row.items() if x and name not in DROPPED[1:3]}
+            texts = [name for name, x in row.items() if name in DROPPED[1:3] or every and not x]
+            now = {name: float(x) for name, x in row.items() if name not in texts}
             if now["step"] > step:
                 break
-            if every and now["step"] != at + 1 or now["step"] < at:
+            goes_on = now["step"] == at + 1 if every else now["step"] >= at
+            if not goes_on or (every and at < 0 and not now.keys() >= {*MEASURED}):
                 raise ValueError
         except (ValueError, KeyError, StopIteration, csv.Error):
             if every and at == step:
                 break
-            where = f"line {len(kept) + 1} of {path}"
-            raise ValueError(
-                f"{where} does not go on from step {at:.0f}; mend or remove it"
-            ) from None
+            where, mend = f"line {len(kept) + 1} of {path}", "mend or remove it"
+            raise ValueError(f"{where} does not go on from step {at:.0f}; {mend}") from None
         at = now["step"]
         kept.append(line)
     if every and at != step:
@@ -337,7 +338,7 @@ def finish(run, samples, title, compare):
     summary["seconds"] = round(spent, 1)
     if "cold_start" in record:
         summary["cold_start_steps"] = record["cold_start"]["steps"]
-    for name in ("accuracy", "pass_k", "greedy", "eval_fork_rate", "eval_length"):
+    for name in MEASURED:
         short = name.removeprefix("eval_")
         summary |= {f"{short}_start": log[0][name], f"{short}_end": log[-1][name]}
     parts = {part: sum(row.get(part, 0) for row in log) for part in TIMES}

@@ -2335,10 +2335,12 @@ def test_resuming_refuses_other_settings_and_damaged_states(run, tmp_path, capsy
         ([*log[:2], log[2].replace(",", ",x", 2), *log[3:]], "line 3 of"),
         ([*log[:2], log[2].partition(",")[2], *log[3:]], "line 3 of"),
         (log[:4], "ends at step 2, before 3"),
+        ([log[0], "0" + "," * (len(runlog.COLUMNS) - 1) + "\n", *log[2:]], "line 2 of"),
         ([*log[:4], "\0" * 99 + "\n"], "line 5 of"),
     ):
         damaged += [("log.csv", "".join(lines), message)]
-    for line in ("\n", "1,a\n", "x,a,yes,1,1,1\n", "1,a,yes,many,1,1\n", "0,a,yes,1,1,1\n" * 2):
+    rows = "", "1,a", "x,a,yes,1,1,1", "1,a,yes,many,1,1", "0,a,yes,1,1,1", "nan,a,yes,1,1,1"
+    for line in (*(f"{row}\n" for row in rows), "1,a,yes,,1,1\n"):
         damaged += [
             ("dropped.csv", drops.partition("\n")[0] + f"\n1,a,yes,1,1,1\n{line}", "line 3")
         ]

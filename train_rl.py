@@ -10,8 +10,8 @@
     3. THE LOOP          train
     4. Around it         measure, begin, banner, step_line, read_flags, main
 
-Where this differs from the textbook: there is no value function and no KL term; groups whose
-answers all earn alike are dropped; log-probs before the updates are computed again in training
+Where this differs from the textbook: there is no value function and no KL term; groups in which all
+are right or all wrong are dropped; log-probs before the updates are computed again in training
 mode.
 
 Dimension key: N sequences, L tokens of the longest, G responses per prompt.
@@ -119,9 +119,7 @@ class Flags:
     eval_samples: Fixed[int] = 8
     """responses to each held-out problem, for pass@1 and pass@k"""
     min_groups: Fixed[int] = 4
-    """fewest prompts with unequal rewards that make an update; until then draw more, twice
-    (DAPO)
-    """
+    """fewest prompts with right and wrong answers that make an update; else draw more, twice"""
     mask_truncated: Fixed[bool] = False
     """a response cut by its length carries no loss, though its reward counts (DAPO)"""
 

@@ -23,7 +23,7 @@ def watch(algo, folder, settings):
     def watched_collect(model, tokenizer, *rest):
         batch, told = collect(model, tokenizer, *rest)
         if batch is None:
-            raise ValueError("no group of responses earned unequal rewards: nothing to watch")
+            raise ValueError("no group has right and wrong responses: nothing to watch")
         fork = tokenizer.encode(tasks.FORK)[0]
         first = batch.trained.int().argmax(1, keepdim=True)
         value = batch.rewards + 10 * (batch.tokens[:, 1:].gather(1, first)[:, 0] == fork)
