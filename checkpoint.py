@@ -96,7 +96,7 @@ def load_pretrained(path, device="cpu", dtype=None):
     expected = {name: tuple(t.shape) for name, t in published_tensors(model).items()}
     _check_names(path, expected, {name: shape for name, (_, shape, _) in stored.items()})
     files = sorted({file for file, _, _ in stored.values()})
-    check_sums(path, [file.name for file in files])
+    check_sums(path, [*(file.name for file in files), "config.json"])
 
     for name, p in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
@@ -153,7 +153,8 @@ def _check_moments(state, optimizer):
         for name, like in {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}.items():
             x = found[name]
             same = (x.shape, x.stride(), x.dtype) == (like.shape, like.stride(), like.dtype)
-            if not same or not x.isfinite().all() or (name != "exp_avg" and (x < 0).any()):
+            right = x.isfinite().all() and (name == "exp_avg" or (x >= 0).all())
+            if not same or not right or (name == "step" and x not in range(1, 2**24)):
                 raise ValueError(f"{name} of parameter {number} is not as AdamW leaves it")
 
 
@@ -168,7 +169,7 @@ def _index(path):
     if not fits(shards, dict[str, str]) or not fits(sums, dict[str, int]):
         found = short(index if shards is None else metadata)
         raise ValueError(f"{file} is not a safetensors index: found {found}")
-    if wrong := [name for name in shards.values() if Path(name).name != name]:
+    if wrong := [name for name in shards.values() if Path(name).name != name or len(name) > 200]:
         raise ValueError(f"{file} names {short(wrong[0])}, which is no file of its directory")
     return shards, sums
 
@@ -199,7 +200,12 @@ def _stored_tensors(path):
             raise ValueError(f"{file} is damaged or no safetensors file ({error})") from None
     for name, (file, _, dtype) in stored.items():
         if dtype is None:
-            raise ValueError(f"{file}: {name} has a dtype that is none of {', '.join(DTYPES)}")
+            known = ", ".join(DTYPES)
+            raise ValueError(f"{file}: {short(name)} has a dtype that is none of {known}")
+        if shards is not None and shards.pop(name, "no file") != file.name:
+            raise ValueError(f"{path}: {short(name)} is in {file.name}, but not by the index")
+    if shards:
+        raise ValueError(f"{path}: the index lists {short(min(shards))}, which its shard lacks")
     return stored
 
 
@@ -282,10 +288,10 @@ def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None):
             if trainer_state is not None:
                 with open(draft / "trainer.pt", "wb") as content:
                     torch.save(trainer_state, content)
+            model.config.to_json(draft / "config.json")
             sums = {file.name: crc32(file) for file in sorted(draft.iterdir())}
             index = {"metadata": {"total_size": total, "crc32": sums}, "weight_map": weight_map}
             (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-            model.config.to_json(draft / "config.json")
             draft.rename(path)  # atomic: before it there is no checkpoint, after it a whole one
     finally:
         shutil.rmtree(draft, ignore_errors=True)

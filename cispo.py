@@ -23,7 +23,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from cli import check, torch  # torch loads when it is first used
+from cli import check, fits, short, torch  # torch loads when it is first used
 
 # ============================================================================
 # 1. The recipe
@@ -98,12 +98,13 @@ class Recipe:
 
 def _groups(values, group_size):
     """(N,) -> (N / G, G) in fp64, or a ValueError that says why not."""
-    if values.ndim != 1 or len(values) == 0 or group_size < 1 or len(values) % group_size:
+    good = fits(group_size, int) and group_size > 0
+    if values.ndim != 1 or len(values) == 0 or not good or len(values) % group_size:
         need = f"(N,) values with N > 0 a multiple of the group size {group_size}"
         raise ValueError(f"need {need}, found {tuple(values.shape)}")
     groups = values.double().view(-1, group_size)
-    if not (groups.abs() < 1e300).all():
-        raise ValueError("rewards must be finite, and below 1e300")
+    if not (groups.abs() < 1e37).all():
+        raise ValueError("rewards must be finite, and below 1e37")
     return groups
 
 
@@ -156,13 +157,15 @@ def token_weights(mask, mode="batch", group_size=None):
     update, so that its micro-batches simply add up. Returns (N, T) fp32.
     """
     if mode not in WEIGHT_MODES:
-        raise ValueError(f"unknown token weighting {mode!r}; choose from {', '.join(WEIGHT_MODES)}")
+        known = ", ".join(WEIGHT_MODES)
+        raise ValueError(f"unknown token weighting {short(mode)}; choose from {known}")
     if mask.ndim != 2 or mask.dtype != torch.bool or not mask.any():
         found = f"{int(mask.sum())} in {mask.dtype} {tuple(mask.shape)}"
         raise ValueError(f"need a bool mask (N, T) with at least one token, found {found}")
     if mode == "combined":
         return (token_weights(mask, "batch") + token_weights(mask, "sequence")) / 2
-    if mode == "group" and (not group_size or group_size < 1 or len(mask) % group_size):
+    good = fits(group_size, int) and group_size > 0 and len(mask) % group_size == 0
+    if mode == "group" and not good:
         raise ValueError(f"a group_size must divide the {len(mask)} responses, found {group_size}")
     rows = {"batch": len(mask), "group": group_size, "sequence": 1}[mode]  # that share one mean
     shares = mask.double().view(-1, rows * mask.shape[1])
@@ -193,7 +196,7 @@ def policy_loss(logp, old_logp, advantages, weights, recipe=Recipe()):
     bool, the tokens outside the trust region, which masked algorithms drop and others keep. Raises
     ValueError naming the quantity that is not finite where a token counts.
     """
-    if advantages.ndim < logp.ndim:
+    if advantages.ndim == 1 < logp.ndim:
         advantages = advantages[:, None].expand(-1, logp.shape[1])
     advantages, trained = advantages.to(logp.dtype), weights > 0
     _check(trained, logp=logp, old_logp=old_logp, advantages=advantages, weights=weights)
@@ -237,6 +240,8 @@ def statistics(log_ratio, dropped, weights, recipe=Recipe()):
     estimates of KL(old || new), nats per token; ess: effective sample size, 1 = equal ratios.
     """
     trained, (low, high) = weights > 0, recipe.bounds
+    if not trained.any():
+        raise ValueError("no token has a weight > 0")
     log_ratio, dropped = log_ratio[trained], dropped[trained]
     log_ratio = log_ratio.clamp(max=88)  # e^88 and more: beyond fp32, so that means stay finite
     r, k1 = log_ratio.exp().double(), log_ratio.double()
@@ -263,6 +268,8 @@ def prob_correlation(train_logp, infer_logp, mask=None):
     worked at 0.997, with an fp32 output head.
     """
     mask = torch.ones_like(train_logp, dtype=torch.bool) if mask is None else mask
+    if mask.dtype != torch.bool or not mask.shape == train_logp.shape == infer_logp.shape:
+        raise ValueError("log-probs and the bool mask must share one shape")
     p, q = train_logp[mask].double().exp(), infer_logp[mask].double().exp()
     if len(p) == 0:
         raise ValueError("the mask selects no token to compare")

@@ -69,7 +69,8 @@ def parse(flags, argv, description, default=None):
         text = re.sub(r"Error parsing [\w -]+: (?=--)", "", text.partition("Argument helptext")[0])
         lines = [line.strip(" │") for line in text.splitlines()]
         message = " ".join(" ".join(line.split()) for line in lines[1:] if line)
-        print(f"{Path(sys.argv[0]).name}: {message}; --help lists what is allowed", file=sys.stderr)
+        told = f"{Path(sys.argv[0]).name}: {message[:2000]}; --help lists what is allowed"
+        print(told, file=sys.stderr)
         raise SystemExit(2) from None
 
 

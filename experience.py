@@ -23,7 +23,7 @@ from tqdm import tqdm
 import cispo
 import sample
 import tasks
-from cli import torch
+from cli import short, torch
 
 
 def substream(seed, *names):
@@ -101,9 +101,9 @@ def respond(model, tokenizer, problems, seed, group_size=1, **how):
         problem = problems[i // group_size]
         try:
             scores.append(tasks.score(problem, text, ended))
-        except Exception as error:  # a verifier's bug costs this reward, not the run
+        except (Exception, SystemExit) as error:  # a verifier's bug costs a reward, not the run
             where = f"the verifier crashed on {problem.prompt!r} ({problem.task})"
-            tqdm.write(f"{where}, which earns nothing: {error!r}")
+            tqdm.write(f"{where}, which earns nothing: {short(error)}")
             scores.append(tasks.CRASHED)
     return rollout, scores
 

@@ -91,6 +91,20 @@ def _forget(slope, n_tokens, dtype):
 # ============================================================================
 
 
+def _sums_stay_wide(form):
+    """Decorator of the forms in PyTorch: checks their inputs, and autocast changes nothing."""
+
+    @functools.wraps(form)
+    def wrapped(q, k, v, slope, state=None, **how):
+        _check_inputs(q, k, v, slope)
+        _check_state(state, q, v, q.shape[0])
+        with torch.autocast(q.device.type, enabled=False):
+            return form(q, k, v, slope, state, **how)
+
+    return wrapped
+
+
+@_sums_stay_wide
 def lightning_recurrent(q, k, v, slope, state=None):
     """Causal linear attention with per-head decay, one token at a time: the definition.
 
@@ -118,6 +132,7 @@ def lightning_recurrent(q, k, v, slope, state=None):
 # ============================================================================
 
 
+@_sums_stay_wide
 def lightning_quadratic(q, k, v, slope, state=None):
     """The same function as one masked product, for reading: a decay in place of the softmax.
 
@@ -143,6 +158,7 @@ def lightning_quadratic(q, k, v, slope, state=None):
 # ============================================================================
 
 
+@_sums_stay_wide
 def lightning_chunk(q, k, v, slope, state=None, chunk=64):
     """The same function chunk by chunk: quadratic inside C tokens, a state carries what is older.
 
@@ -153,8 +169,8 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 
     Arguments and results as in lightning_recurrent. Differentiable. O(L (C + K) V) time per head.
     """
-    if chunk < 1:
-        raise ValueError(f"a chunk must have at least 1 token, found {chunk}")
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"a chunk must have at least 1 token, found {chunk!r}")
     dtype, acc = q.dtype, _accumulator(q.dtype)
     q, k, v = (x.to(acc).transpose(1, 2) for x in (q, k, v))  # (B, H, L, .)
     C = max(min(chunk, q.shape[2]), 1)
@@ -616,12 +632,15 @@ def lightning_step(q, k, v, slope, state, impl="auto"):
     """
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl must be auto, torch or triton, found {impl!r}")
-    if q.ndim != 3:
-        raise ValueError(f"q must be (B, H, K), found {tuple(q.shape)}")
-    _check_inputs(*(x[:, None] for x in (q, k, v)), slope)
-    _check_state(state, q[:, None], v[:, None], q.shape[0])
-    if not torch.compiler.is_compiling() and any(map(functools.partial(_share, state), (q, k, v))):
-        raise ValueError("q, k or v is a view of the state, which this step overwrites: clone it")
+    _check_inputs(q, k, v, slope, "B, H")
+    if not torch.is_tensor(state):
+        raise ValueError(f"state must be a tensor, found {state!r}")
+    _check_state(state, q, v, q.shape[0])
+    others = () if torch.compiler.is_compiling() else (q, k, v, slope)
+    if any(_share(x, state) for x in others):
+        raise ValueError(
+            "q, k, v or slope is a view of the state, which a step overwrites: clone it"
+        )
     if impl == "triton" and not state.is_contiguous():
         instead = 'call state.contiguous() or take impl="auto"'
         raise ValueError(f'impl="triton" needs a contiguous state; {instead}')
@@ -712,24 +731,22 @@ def lightning_attention(q, k, v, slope, state=None, *, cu_seqlens=None, impl="au
     """
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; choose from {', '.join(IMPLS)}")
-    _check_inputs(q, k, v, slope)
     if _use_kernel(impl, q, v):
+        _check_inputs(q, k, v, slope)
         n = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if cu_seqlens is not None:
             check_boundaries(cu_seqlens, q.shape[:2])
         _check_state(state, q, v, n)
         return lightning_kernel(q, k, v, slope, state, cu_seqlens)
-    form = FORMS["chunk" if impl == "auto" else impl]
-    with torch.autocast(q.device.type, enabled=False):  # sums stay fp32
-        return _run_form(form, q, k, v, slope, state, cu_seqlens)
+    return _run_form(FORMS["chunk" if impl == "auto" else impl], q, k, v, slope, state, cu_seqlens)
 
 
 def _run_form(form, q, k, v, slope, state, cu_seqlens):
     """One of FORMS, on a batch or one packed sequence after the other."""
     if cu_seqlens is None:
-        _check_state(state, q, v, q.shape[0])
         return form(q, k, v, slope, state)
 
+    _check_inputs(q, k, v, slope)
     bounds = check_boundaries(cu_seqlens.cpu(), q.shape[:2])
     _check_state(state, q, v, len(bounds) - 1)
     o, last = [], []
@@ -741,16 +758,17 @@ def _run_form(form, q, k, v, slope, state, cu_seqlens):
     return torch.cat(o, 1), torch.cat(last)
 
 
-def _check_inputs(q, k, v, slope):
-    if q.ndim != 4 or k.shape != q.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+def _check_inputs(q, k, v, slope, dims="B, L, H"):
+    n = dims.count(",") + 2
+    if q.ndim != n or k.shape != q.shape or v.ndim != n or v.shape[:-1] != q.shape[:-1]:
         found = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"q and k must be (B, L, H, K) and v (B, L, H, V), found {found}")
-    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q and k must be ({dims}, K) and v ({dims}, V), found {found}")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         found = f"{q.dtype}, {k.dtype}, {v.dtype}"
         raise ValueError(f"q, k and v must share one floating dtype, found {found}")
-    if slope.shape != (q.shape[2],) or not slope.is_floating_point():
+    if slope.shape != q.shape[-2:-1] or not slope.is_floating_point():
         found = f"heads, found {slope.dtype} {tuple(slope.shape)}"
-        raise ValueError(f"slope must be one number for each of the {q.shape[2]} {found}")
+        raise ValueError(f"slope must be one number for each of the {q.shape[-2]} {found}")
     if slope.requires_grad:
         raise ValueError(
             "slope must not require gradients: M1's are constants, no form learns them"
@@ -760,12 +778,15 @@ def _check_inputs(q, k, v, slope):
         raise ValueError(f"slopes must be positive numbers, found {slope.tolist()[:8]}")
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
 def _share(x, y):
     return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def _check_state(state, q, v, n):
-    expected, dtype = (n, q.shape[2], q.shape[3], v.shape[3]), _accumulator(q.dtype)
+    expected, dtype = (n, *q.shape[-2:], v.shape[-1]), _accumulator(q.dtype)
     if state is not None and (state.shape != expected or state.dtype != dtype):
         found = f"{state.dtype} {tuple(state.shape)}"
         raise ValueError(f"state must be {dtype} of shape {expected}, found {found}")
@@ -777,6 +798,8 @@ def check_boundaries(cu_seqlens, shape):
     Boundaries on a GPU are not looked at, as that would wait for it: None.
     """
     B, L = shape
+    if not torch.is_tensor(cu_seqlens):
+        raise ValueError(f"cu_seqlens must be a tensor, found {cu_seqlens!r}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
         found = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         raise ValueError(f"cu_seqlens must be (N + 1,) integers, found {found}")

@@ -55,9 +55,10 @@ RESIDUAL = [  # alpha and beta of the residual: after softmax, after lightning a
     for part in ("full_attention", "linear_attention", "mlp")
     for factor in ("alpha", "beta")
 ]
-BOUNDS = {name: (1, 2**24) for name in SIZES} | {name: (-1000, 1000) for name in RESIDUAL}
+BOUNDS = {name: (1, 2**18) for name in SIZES} | {name: (-1000, 1000) for name in RESIDUAL}
 BOUNDS |= {"num_hidden_layers": (1, 10_000), "num_local_experts": (1, 2**16)}
-BOUNDS |= {"shared_intermediate_size": (0, 2**24), "rotary_dim": (0, 2**24)}
+BOUNDS |= {"vocab_size": (1, 2**24), "num_attention_heads": (1, 2**14), "head_dim": (1, 2**14)}
+BOUNDS |= {"shared_intermediate_size": (0, 2**18), "rotary_dim": (0, 2**14)}
 BOUNDS |= {"max_position_embeddings": (1, 2**40), "rope_theta": (1e-6, 10**15)}
 BOUNDS |= {"rms_norm_eps": (1e-30, 1), "initializer_range": (1e-12, 1000)}
 BOUNDS |= {"router_aux_loss_coef": (0, 1000)}
@@ -162,8 +163,8 @@ class M1Config:
         if stored.get("rope_scaling") or plain | rope != plain:
             found = short(stored.get("rope_scaling") or rope)
             raise ValueError(f"{path}: rope is one rope_theta, without scaling, found {found}")
-        needed = (*SIZES, "attn_type_list", "rotary_dim", "rope_theta", "postnorm", *RESIDUAL)
-        missing = [name for name in needed if stored.get(name) is None]
+        needed = [*SIZES, "attn_type_list", "rotary_dim", "rope_theta", "rms_norm_eps", "postnorm"]
+        missing = [name for name in [*needed, *RESIDUAL] if stored.get(name) is None]
         if missing:
             raise ValueError(
                 f"{path} does not say {', '.join(missing)}, which no default can guess"

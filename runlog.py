@@ -18,6 +18,7 @@ import contextlib
 import csv
 import itertools
 import json
+import math
 import platform
 import shutil
 import signal
@@ -103,24 +104,30 @@ def _until(path, columns, step):
         raise ValueError(f"{path} has another header than this version's; mend or remove it")
     kept, at, every = [header], -1, columns == COLUMNS
     for line in lines[:-1]:
+        if every and at == step:
+            break
         try:
             row = dict(zip(columns, next(csv.reader([line])), strict=True))
-            texts = [name for name, x in row.items() if name in DROPPED[1:3] or every and not x]
-            now = {name: float(x) for name, x in row.items() if name not in texts}
-            if now["step"] > step:
+            now = float(row["step"])
+            if now > step:
                 break
-            goes_on = now["step"] == at + 1 if every else now["step"] >= at
-            if not goes_on or (every and at < 0 and not now.keys() >= {*MEASURED}):
+            numbers = {k: float(x) for k, x in row.items() if k in DROPPED[3:] or every and x}
+            if every:  # one row a step; step 0 is evaluated
+                right = now == at + 1 and (at >= 0 or numbers.keys() >= {*MEASURED})
+            else:
+                right = now in range(max(at, 0), step + 1) and row["rose"] in ("yes", "no")
+                right = (
+                    right and numbers["count"] >= 1 and all(map(math.isfinite, numbers.values()))
+                )
+            if not right:
                 raise ValueError
-        except (ValueError, KeyError, StopIteration, csv.Error):
-            if every and at == step:
-                break
+        except (ValueError, StopIteration, csv.Error):
             where, mend = f"line {len(kept) + 1} of {path}", "mend or remove it"
-            raise ValueError(f"{where} does not go on from step {at:.0f}; {mend}") from None
-        at = now["step"]
+            raise ValueError(f"{where} does not go on from step {at}; {mend}") from None
+        at = int(now)
         kept.append(line)
     if every and at != step:
-        raise ValueError(f"{path} ends at step {at:.0f}, before {step}; mend or remove it")
+        raise ValueError(f"{path} ends at step {at}, before {step}; mend or remove it")
     return "\n".join([*kept, ""])
 
 
@@ -237,7 +244,10 @@ def last_saved(folder):
     """Whether a run has a checkpoint to go on from; names the newest one where a kill forbade
     it.
     """
-    saved = checkpoint.saved_steps(folder)
+    saved, log = checkpoint.saved_steps(folder), Path(folder, "log.csv")
+    begun = log.exists() and len(read_text(log).splitlines()) > 2  # more than step 0 (and header)
+    if not saved and (begun or (Path(folder) / "latest").exists()):
+        raise ValueError(f"{folder} has lost its checkpoints, step-000000 and so on; put them back")
     if saved and not (Path(folder) / "latest").exists():
         write_file(Path(folder) / "latest", saved[-1].name + "\n")
     return bool(saved)
@@ -267,7 +277,7 @@ def reopen(run, optimizer, curriculum, device, last_step):
 
 def _lock(path):
     """An open file that no other process can open in this way; ValueError if one has."""
-    file = open(path, "a")
+    file = open(path, "a+")  # a pipe of that name does not block
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -335,12 +345,13 @@ def finish(run, samples, title, compare):
     record = read_json(folder / "run.json")
     spent = run.seconds
     summary = {"seed": record["flags"]["seed"], "steps": int(log[-1]["step"])}
+    measured = [row for row in log if row.keys() >= {*MEASURED}]
     summary["seconds"] = round(spent, 1)
     if "cold_start" in record:
         summary["cold_start_steps"] = record["cold_start"]["steps"]
     for name in MEASURED:
         short = name.removeprefix("eval_")
-        summary |= {f"{short}_start": log[0][name], f"{short}_end": log[-1][name]}
+        summary |= {f"{short}_start": measured[0][name], f"{short}_end": measured[-1][name]}
     parts = {part: sum(row.get(part, 0) for row in log) for part in TIMES}
     parts["other_s"] = spent - sum(parts.values())  # the cold start above all, and files
     summary |= {part: round(seconds, 1) for part, seconds in parts.items()}

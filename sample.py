@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import dataclasses
 import json
 import random
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import tasks
-from cli import check, checkpoint, command_line, fits, parse, read_json, torch, unflat
+from cli import check, checkpoint, command_line, fits, parse, read_json, short, torch, unflat
 from cli import model as m1
 from tokenizer import END_OF_TURN, Tokenizer, chat_pieces, parse_tool_calls
 
@@ -82,7 +83,7 @@ class Request:
         long = (1, 2**40)
         check(self, False, max_new_tokens=long, group_size=(1, 10**7), temperature=(0, 100))
         check(self, False, top_p=(1e-9, 1), think_budget=(0, 2**40), repetition_stop=(0, 2**40))
-        check(self, False, seed=(-(2**63), 2**64 - 1))
+        check(self, False, seed=(-(2**63), 2**64 - 1), eos_id=(-1, 2**40))
         if 0 < self.temperature < 0.01:
             raise ValueError(f"need temperature 0 or >= 0.01, found {self.temperature}")
         if self.think_budget is not None and self.think_end_id is None:
@@ -90,12 +91,17 @@ class Request:
 
     def check(self, model, prompts, cache):
         """ValueError for prompts that the model, or the conversation in the cache, cannot take."""
+        if not fits(prompts, list[list[int]]):
+            raise ValueError(f"prompts must be lists of token ids, found {short(prompts)}")
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("need at least one prompt, each of at least one token")
         W, limit = model.config.vocab_size, model.config.max_position_embeddings
-        bad = [i for p in prompts for i in p if not fits(i, int) or not 0 <= i < W]
+        own = [self.pad_id, self.think_end_id or 0]
+        bad = [i for p in [*prompts, own] for i in p if not 0 <= i < W]
         if bad:
             raise ValueError(f"token id {bad[0]} is outside the model's vocabulary of {W}")
+        if (size := len(prompts) * self.group_size * self.max_new_tokens) > 2**32:
+            raise ValueError(f"{size:,} tokens in one batch are more than {2**32:,}")
         room = f"model's {limit}"
         if cache is not None:
             if len(prompts) * self.group_size != 1:
@@ -330,12 +336,15 @@ def run_problems(folder):
     """The tasks.Mix that a checkpoint's run learnt; None without a run, or with tasks not here."""
     file = Path(folder).parent / "run.json"
     flags = read_json(file).get("flags", {}) if file.is_file() else {}
-    if not fits(flags, dict[str, object]):
-        raise ValueError(f"{file} does not hold a run's flags")
-    if flags.get("max_moves"):  # moves rose during the run
-        least = flags.get("min_moves") or flags["moves"]
-        flags |= {"min_moves": least, "moves": flags["max_moves"]}
-    problems = unflat(tasks.Mix, flags)
+    try:
+        if not fits(flags, dict[str, object]):
+            raise ValueError(f"flags are {short(flags)}")
+        problems, most = unflat(tasks.Mix, flags), flags.get("max_moves")
+        if most:  # moves rose during the run
+            least = problems.min_moves or problems.moves
+            problems = dataclasses.replace(problems, min_moves=least, moves=most)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     return problems if flags and set(problems.names) <= set(tasks.TASKS) else None
 
 

@@ -23,6 +23,7 @@ something to teach where only a chain helps:
 
 import argparse
 import hashlib
+import itertools
 import random
 import re
 from collections.abc import Callable
@@ -63,7 +64,7 @@ def solve_mod(prompt):
     if not re.fullmatch(r"\+[0-4]+=", prompt):
         return None
     digits = [int(digit) for digit in prompt[1:-1]]
-    chain = "".join(str(sum(digits[: i + 1]) % 5) for i in range(len(digits)))
+    chain = "".join(str(total % 5) for total in itertools.accumulate(digits))
     return Problem("mod", prompt, chain, chain[-1])
 
 
@@ -159,7 +160,7 @@ def draw(rng, n, names, n_moves, min_moves=None, held_out=False):
     """
     unknown = [name for name in names if name not in TASKS]
     if unknown or not names:
-        what = ", ".join(unknown) or "(none given)"
+        what = ", ".join(unknown)[:200] or "(none given)"
         raise ValueError(f"unknown task {what}; choose from {', '.join(TASKS)}")
     if n_moves < 1:
         raise ValueError(f"a problem needs at least 1 move, found {n_moves}")
@@ -283,7 +284,7 @@ class Growth:
         check(self, max_moves=(1, 1000), filter_problems=(0, 10**6))
         if [0, *self.limits] != sorted({0, *self.limits}):
             need = "rising numbers of tokens such as 40,48,56"
-            raise ValueError(f"--windows must be {need}, found {self.windows!r}")
+            raise ValueError(f"--windows must be {need}, found {short(self.windows)}")
 
     @property
     def limits(self):

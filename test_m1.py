@@ -653,7 +653,7 @@ def test_group_advantages_compare_siblings_and_vanish_exactly_in_flat_groups():
     assert cispo.informative_groups(rewards, 4).tolist() == [True, False]
 
 
-@pytest.mark.parametrize("pair", [[1e6, 1e6 + 0.5], [0, 5e-324], [-1e299, 1e299], [0, 1e-200]])
+@pytest.mark.parametrize("pair", [[1e6, 1e6 + 0.5], [0, 5e-324], [-1e36, 1e36], [0, 1e-200]])
 def test_advantages_are_finite_and_wide_for_any_two_rewards_that_differ(pair):
     rewards = torch.tensor(pair, dtype=torch.float64)
     assert cispo.group_advantages(rewards, 2).tolist() == [-1, 1]
@@ -1608,14 +1608,16 @@ BAD_TOKENIZERS = [
     ("merges.txt", b"h e\nl l l", "merges.txt cannot be"),
     ("merges.txt", "日 e".encode(), "merges.txt is not a byte-level BPE: it lacks '日'"),
     ("merges.txt", b"\xff\xfe", "merges.txt cannot be"),
-    ("merges.txt", MERGES_TXT, "ids up to 200034, the model a vocabulary of 300"),
+    ("merges.txt", MERGES_TXT, "ids from 0 to 200034, the model a vocabulary of 300"),
     ("tokenizer.json", b"{", "is not JSON"),
     ("tokenizer.json", b'{"model": {"vocab": {}}}', "it lacks 'merges'"),
     ("tokenizer.json", b'{"model": {"vocab": {}, "merges": []}}', "it lacks 'Ā'"),
     ("tokenizer.json", b"[]", "tokenizer.json cannot be"),
     ("tokenizer.json", tokenizer_json(MERGES[::-1])[1], "rise from merge to merge"),
-    ("tokenizer.json", tokenizer_json(*[["he ll", "l l", "h e"]] * 2)[1], "joins earlier"),
+    ("tokenizer.json", tokenizer_json(*[["he ll", "l l", "h e"]] * 2)[1], "do not lead to it"),
+    ("tokenizer.json", tokenizer_json(*[["b c", "a b", "ab c"]] * 2)[1], "do not lead to it"),
     ("tokenizer.json", tokenizer_json(stored=[*MERGES, "h e"])[1], "must be distinct"),
+    ("tokenizer.json", with_step("added_tokens", [{"id": 300, "content": ""}]), "has no text"),
     ("tokenizer.json", with_step("normalizer", {"type": "NFC"}), "normalizer is not M1's"),
     ("tokenizer.json", with_step("pre_tokenizer", pipeline(prefix=True)), "pre_tokenizer is not"),
     ("tokenizer.json", with_step("pre_tokenizer", pipeline(r"\s+")), "pre_tokenizer is not"),
@@ -1691,6 +1693,8 @@ def test_tool_calls_are_read_line_by_line_and_malformed_ones_named():
             again = parse_tool_calls(f"{before}{block} </think>")  # a second one is text
             assert again == ([inside] if before else [])
         assert parse_tool_calls(f"<think>{block}") == []  # never closed
+        mention = f"I could emit <tool_calls> or not.</think>{block}"
+        assert parse_tool_calls(mention) == [inside]
         spread = block.replace(": ", ":\n")
         assert parse_tool_calls(spread) == parse_tool_calls(block)
         cut = "a tool call is" if tag == "</tool_calls>" else "ended inside"
@@ -2025,7 +2029,7 @@ BAD_MODELS = {  # the line, or the part of it before " by ": a file, its content
     "is not UTF-8 text": (CONFIG, b"\xff\xfe\x00"),
     "must hold a JSON object, found []": (CONFIG, "[]"),
     "model_type None": (CONFIG, "{}"),
-    "hidden_size must be a number from 1 to 16,777,216, found '48'": (
+    "hidden_size must be a number from 1 to 262,144, found '48'": (
         CONFIG,
         ('size": 48', 'size": "48"'),
     ),
@@ -2226,11 +2230,13 @@ def step(q=THREE, slope=THREE, state=None):
     return lambda: lightning_step(q, torch.ones(1, 3, 1), torch.ones(1, 3, 1), slope, state)
 
 
-TRACE = torch.zeros(1, 3, 1, 1)
+TRACE, ONES = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
 BAD_CALLS = {
     "share one floating dtype, found torch.int64": step(torch.ones(3, dtype=torch.int64)),
     "share one floating dtype, found torch.float64": step(THREE.double()),
     "is a view of the state": step(TRACE, state=TRACE),
+    "or slope is a view of the state": step(slope=ONES.view(3), state=ONES),
+    "state must be a tensor, found 3": step(state=3),
     "state must be torch.float32 of shape (1, 3, 1, 1)": step(state=torch.zeros(1, 3, 1, 2)),
     "slopes must be positive numbers, found [1.0, 0.0, 1.0]": step(slope=torch.tensor([1, 0.0, 1])),
     "slopes must be positive numbers, found [nan": attend(slope=THREE * torch.nan),
@@ -2243,8 +2249,9 @@ BAD_CALLS = {
     "logits are not finite": new_tokens(broken, [1], temperature=0),
     "logits are not finite ": new_tokens(broken, [1]),
     "temperature must be a number from 0 to 100": new_tokens(small_model(), [1], temperature=INF),
-    "token id 65.5 is outside": new_tokens(small_model(), [65.5]),
-    "token id True is outside": new_tokens(small_model(), [True]),
+    "lists of token ids, found [[65.5]]": new_tokens(small_model(), [65.5]),
+    "lists of token ids, found [[True]]": new_tokens(small_model(), [True]),
+    "token id 1000000 is outside": new_tokens(small_model(), [1], pad_id=10**6),
     "exceeds the model's 9": new_tokens(small_model(max_position_embeddings=9), [1] * 8),
     "outside the model's vocabulary": new_tokens(small_model(), [272]),
     "of at least one token": new_tokens(small_model(), []),
@@ -2340,7 +2347,8 @@ def test_resuming_refuses_other_settings_and_damaged_states(run, tmp_path, capsy
     ):
         damaged += [("log.csv", "".join(lines), message)]
     rows = "", "1,a", "x,a,yes,1,1,1", "1,a,yes,many,1,1", "0,a,yes,1,1,1", "nan,a,yes,1,1,1"
-    for line in (*(f"{row}\n" for row in rows), "1,a,yes,,1,1\n"):
+    rows += "1,a,yes,,1,1", "1,a,yes,0,1,1", "1,a,maybe,1,1,1", "1,a,yes,1,inf,1", "1.5,a,yes,1,1,1"
+    for line in (f"{row}\n" for row in rows):
         damaged += [
             ("dropped.csv", drops.partition("\n")[0] + f"\n1,a,yes,1,1,1\n{line}", "line 3")
         ]
@@ -2359,6 +2367,10 @@ def test_resuming_refuses_other_settings_and_damaged_states(run, tmp_path, capsy
         (tmp_path / name).rename(folder / name)
     with runlog.Run(folder):
         refused("--steps 9", "another process is writing to")
+    (folder / "step-000000").rename(tmp_path / "0")
+    (folder / "step-000003").rename(tmp_path / "3")
+    refused("--steps 9", "has lost its checkpoints")
+    (tmp_path / "3").rename(folder / "step-000003")
     (folder / "latest").unlink()  # killed before it was written
     resume(folder)
     assert newest(folder) == "step-000003" and "step   1/3" not in capsys.readouterr().out

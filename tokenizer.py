@@ -69,7 +69,8 @@ class Tokenizer:
 
     def encode(self, text, specials=False):
         """Token ids of a text; special tokens that it spells stay text unless specials=True."""
-        if len(text) > MOST_BLANKS and re.search(rf"\s{{{MOST_BLANKS}}}", text):
+        blanks = re.finditer(r"\s+", text) if len(text) > MOST_BLANKS else ()
+        if any(run.end() - run.start() > MOST_BLANKS for run in blanks):
             raise ValueError(f"a text may have {MOST_BLANKS:,} blanks in a row at most; cut them")
         if specials:
             return self.encoding.encode(text, allowed_special="all")
@@ -114,7 +115,10 @@ def m1_encoding(folder, vocab_size):
             check_pipeline(stored)
             vocab, merges = stored["model"]["vocab"], stored["model"]["merges"]
             special |= {name: vocab[name] for name in special if name in vocab}
-            special |= {token["content"]: token["id"] for token in stored.get("added_tokens", ())}
+            added = stored.get("added_tokens") or []
+            special |= {token["content"]: token["id"] for token in added}
+            if not fits([*special], list[str]) or "" in special:
+                raise ValueError("an added token has no text")
         else:
             lines = read_text(file).split("\n")
             vocab, merges = None, filter(None, lines[lines[0].startswith("#version") :])
@@ -127,17 +131,37 @@ def m1_encoding(folder, vocab_size):
         ids, rising = [*ranks.values(), *special.values()], [vocab[token] for token in merged]
         if not fits(ids, list[int]) or len(ranks) < len(tokens) or len(set(ids)) < len(ids):
             raise ValueError("its tokens must be distinct, and their ids distinct whole numbers")
-        made = dict.fromkeys(byte_of, -1) | {token: i for i, token in enumerate(merged)}
-        early = all(max(made[a], made[b]) < i for i, (a, b) in enumerate(pairs))
-        if rising != sorted(rising) or not early:
-            raise ValueError("ids must rise from merge to merge, and a merge joins earlier tokens")
+        if rising != sorted(rising):
+            raise ValueError("ids must rise from merge to merge")
+        check_merges(pairs)
         if min(ids) < 0 or max(ids) >= vocab_size:
-            raise ValueError(f"it has ids up to {max(ids)}, the model a vocabulary of {vocab_size}")
+            has = f"it has ids from {min(ids)} to {max(ids)}"
+            raise ValueError(f"{has}, the model a vocabulary of {vocab_size}")
         return tiktoken.Encoding("m1", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
     except KeyError as error:
-        raise ValueError(f"{file} is not a byte-level BPE: it lacks {error}") from None
+        lacks = short(error.args[0])
+        raise ValueError(f"{file} is not a byte-level BPE: it lacks {lacks}") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} cannot be this model's tokenizer: {error}") from None
+        what = str(error)[:300]
+        raise ValueError(f"{file} cannot be this model's tokenizer: {what}") from None
+
+
+def check_merges(pairs):
+    """ValueError unless every merge is reached by the merges before it.
+
+    tiktoken joins any two neighbours whose text is a token, BPE by definition only the pairs of the
+    list. Where all are reached, both are the same.
+    """
+    rank = {tuple(pair): i for i, pair in enumerate(pairs)}
+    for i, (a, b) in enumerate(pairs):
+        parts = list(a + b)
+        while len(parts) > 2:
+            first, at = min((rank.get(pair, i), n) for n, pair in enumerate(zip(parts, parts[1:])))
+            if first >= i:
+                break
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if parts != [a, b]:
+            raise ValueError(f"the merges before {short(a)} {short(b)} do not lead to it")
 
 
 def check_pipeline(stored):
@@ -205,6 +229,10 @@ def chat_prompt(messages, tools=None):
 
 def chat_pieces(messages, tools=None):
     """chat_prompt as pairs, a special token and the text that follows it."""
+    if not fits(messages, list[dict]):
+        raise ValueError(f"a conversation is a list of messages, found {short(messages)}")
+    if tools and (not fits(tools, list[dict]) or not all(fits(t.get("name"), str) for t in tools)):
+        raise ValueError(f"tools are a list of objects, each with a name, found {short(tools)}")
     said = [(m.get("role"), message_text(m)) for m in messages]
     system = "".join(text for role, text in said if role == "system")
     turns = [("system", system)] if system else []
@@ -264,6 +292,9 @@ def parse_tool_calls(text):
     while tag := re.compile(r"</think>|<tool_calls>").search(answer, at):
         at = tag.end()
         if tag[0] == "<tool_calls>":
+            mentioned = not re.compile(r"\s*(\{|</tool_calls>)").match(answer, at)
+            if mentioned and thinking and "</think>" in answer[at:]:
+                continue
             block, at = _read_block(answer, at)
             calls += block
         elif thinking:

@@ -138,6 +138,10 @@ class Flags:
             (self.init and shape, "--init brings its model: no --preset, no --softmax-every"),
             (self.init and self.cold != ColdStart(), "--init: no --sft-steps, no --fork-prior"),
             (limits and self.sampling.max_new_tokens, "--windows: leave out --max-new-tokens"),
+            (
+                self.mix.moves * self.eval_problems > 10**7,
+                "--moves times --eval-problems: 10^7 at most",
+            ),
             (harder, f"--moves {self.mix.moves} is more than --max-moves {hardest}"),
             (hardest and self.growth.filter_problems, "--filter-problems: leave out --max-moves"),
             (buffer > shortest, f"--overlong-buffer {buffer} is more than a response, {shortest}"),
@@ -495,9 +499,9 @@ def stored_flags(path):
     for file in (Path(path, "run.json"), Path(path).parent / "run.json"):
         if file.is_file():
             stored = read_json(file)
-            flags, learnt = stored.get("flags"), stored.get("cold_start", {})
+            flags, learnt = stored.get("flags"), stored.get("cold_start", {"steps": 0})
             same = fits(flags, dict) and flags.keys() == flat(Flags()).keys()
-            if not same or not fits(learnt, dict[str, float]):
+            if not same or not fits(learnt, dict[str, float]) or "steps" not in learnt:
                 raise ValueError(f"{file} does not hold this version's flags: train that run anew")
             try:
                 return flat(unflat(Flags, flags))
