@@ -150,18 +150,24 @@ def check_merges(pairs):
     """ValueError unless every merge is reached by the merges before it.
 
     tiktoken joins any two neighbours whose text is a token, BPE by definition only the pairs of the
-    list. Where all are reached, both are the same.
+    list. Where all are reached, both are the same. A merge (a, b) is missed where an earlier one
+    reaches across: goes back in time from a | b to what then touched there, letter by letter.
     """
     rank = {tuple(pair): i for i, pair in enumerate(pairs)}
+    made = {a + b: i for i, (a, b) in enumerate(pairs)}
     for i, (a, b) in enumerate(pairs):
-        parts = list(a + b)
-        while len(parts) > 2:
-            first, at = min((rank.get(pair, i), n) for n, pair in enumerate(zip(parts, parts[1:])))
-            if first >= i:
-                break
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if parts != [a, b]:
-            raise ValueError(f"the merges before {short(a)} {short(b)} do not lead to it")
+        missed = max(made[x] if len(x) > 1 else -1 for x in (a, b)) >= i
+        while not missed and len(a + b) > 2:
+            if made.get(a, -1) > made.get(b, -1):
+                last = made[a]
+                a = pairs[last][1]
+                missed = rank.get((a, b), last) < last
+            else:
+                last = made[b]
+                b = pairs[last][0]
+                missed = rank.get((a, b), last + 1) <= last  # of equal ones the left one is first
+        if missed:
+            raise ValueError(f"the merges before {short(pairs[i])} do not lead to it")
 
 
 def check_pipeline(stored):
