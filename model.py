@@ -341,6 +341,9 @@ class SoftmaxAttention(nn.Module):
 
         At most about `most` entries of a mask (B, 1, queries, keys) exist at a time.
         """
+        H, J = q.shape[2], k.shape[2]
+        if q.is_cuda and q.shape[1] == 1 and seen is not None:  # heads that share keys as queries
+            return SoftmaxAttention._attend_one(q.view(-1, J, H // J, q.shape[3]), k, v, seen)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         attention = functools.partial(F.scaled_dot_product_attention, enable_gqa=True)
         if seen is None:
@@ -351,6 +354,14 @@ class SoftmaxAttention(nn.Module):
             visible = (first[..., None] <= key) & (key <= last[..., None])
             o.append(attention(part, k, v, visible[:, None]))
         return (o[0] if len(o) == 1 else torch.cat(o, 2)).transpose(1, 2)
+
+    @staticmethod
+    def _attend_one(q, k, v, seen):
+        """One query: q (B, J, H / J, K), the heads that share keys k (B, S, J, K) together."""
+        key, (first, last) = torch.arange(k.shape[1], device=k.device), seen
+        visible = ((first <= key) & (key <= last))[:, None, None]
+        o = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), visible)
+        return o.flatten(1, 2)[:, None]
 
 
 # ============================================================================
@@ -370,7 +381,7 @@ class MoE(nn.Module):
     """Top-k mixture of SwiGLU experts: out = sum_e weight_e w2_e(silu(w1_e x) * w3_e x).
 
     The router works in fp32: softmax over all E, top k, renormalised to sum 1. `form` names one of
-    three methods; auto is dense for few tokens of a small model on a CPU, otherwise grouped.
+    four methods or "auto", see best_form.
     """
 
     def __init__(self, config):
@@ -391,10 +402,17 @@ class MoE(nn.Module):
         weight = weight / weight.sum(-1, keepdim=True)
         if self.capacity and with_routing:
             weight = weight * self.within_capacity(chosen, mask)
-        few = x.device.type == "cpu" and len(flat) <= 512 and self.w1.numel() <= 2**17
-        form = ("dense" if few else "grouped") if self.form == "auto" else self.form
+        form = self.best_form(flat) if self.form == "auto" else self.form
         out = getattr(self, form)(flat, weight.to(x.dtype), chosen)
         return out.view_as(x), self.routing(probs, chosen, mask) if with_routing else None
+
+    def best_form(self, x):
+        """The fastest form for x (T, D); on a GPU one that asks the device nothing, if it can."""
+        _, F_, D = self.w1.shape
+        if x.is_cuda:
+            aligned = x.dtype == torch.bfloat16 and D % 8 == 0 and F_ % 8 == 0
+            return "grouped_mm" if aligned else "dense" if len(x) <= 2048 else "grouped"
+        return "dense" if len(x) <= 512 and self.w1.numel() <= 2**17 else "grouped"
 
     def loop(self, x, weight, chosen):
         """The definition, expert by expert. x (T, D), weight and chosen (T, k) -> (T, D)."""
@@ -416,6 +434,19 @@ class MoE(nn.Module):
         y = torch.cat([(F.silu(part @ w1.T) * (part @ w3.T)) @ w2 for part, w1, w3, w2 in experts])
         y = y * weight.flatten().index_select(0, order)[:, None]
         return torch.zeros_like(x).index_add(0, token, y)
+
+    def grouped_mm(self, x, weight, chosen):
+        """`grouped` in three products; where an expert's tokens end stays on the device."""
+        (T, k), E = chosen.shape, len(self.w1)
+        choices, experts = chosen.flatten(), torch.arange(E, device=x.device)
+        order = choices.argsort(stable=True)
+        ends = torch.searchsorted(choices[order], experts, right=True).int()
+        product = functools.partial(F.grouped_mm, offs=ends)
+        w1, w3, w2 = (w.to(x.dtype) for w in (self.w1, self.w3, self.w2))
+        part = x.index_select(0, order // k)
+        y = product(F.silu(product(part, w1.mT)) * product(part, w3.mT), w2)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(T * k, device=x.device))
+        return (y.index_select(0, place).view(T, k, -1) * weight[..., None]).sum(1)
 
     def dense(self, x, weight, chosen):
         """Every expert on every token, as one wide expert: wasteful, but few large operations."""
@@ -542,7 +573,7 @@ class MiniMaxM1(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.compute = config, None  # dtype of the activations; None = the embedding's
         vectors = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(vectors, freeze=False)
         self.layers = nn.ModuleList(Block(config, l) for l in range(config.num_hidden_layers))
@@ -566,7 +597,7 @@ class MiniMaxM1(nn.Module):
                 p.view(self.config.num_attention_heads, 3, -1)[:, 2] *= gain
 
     device = property(lambda self: self.embed_tokens.weight.device)
-    dtype = property(lambda self: self.embed_tokens.weight.dtype)
+    dtype = property(lambda self: self.compute or self.embed_tokens.weight.dtype)
     wide = property(lambda self: torch.promote_types(self.dtype, torch.float32))  # as in widen
 
     def new_cache(self, batch, max_len):
@@ -578,18 +609,28 @@ class MiniMaxM1(nn.Module):
         layers = [(kv(), kv()) if kind == 1 else state() for kind in c.attn_type_list]
         return Cache(layers, zeros(dtype=torch.int64), max_len)
 
+    def decode(self, tokens, cache, reach):
+        """One more token (B,) int64 of every row of a cache: logits (B, W).
+
+        Shapes are fixed and the device is asked nothing, so a CUDA graph can hold it. reach: keys
+        that are looked at, at least as many as tokens in the longest row, this one included.
+        """
+        with torch.no_grad():
+            hidden, _ = self.hidden(tokens[:, None], cache=cache, reach=reach)
+            return self.head(hidden[:, 0])
+
     def forward(self, tokens, *, mask=None, cache=None, cu_seqlens=None, last_only=False):
         """tokens (B, L) int64 -> logits (B, L, W), or (B, 1, W) with last_only; fp32 or wider."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             hidden, _ = self.hidden(tokens, mask=mask, cache=cache, cu_seqlens=cu_seqlens)
             return self.head(hidden[:, -1:] if last_only else hidden)
 
-    def hidden(self, tokens, *, mask=None, cache=None, cu_seqlens=None):
+    def hidden(self, tokens, *, mask=None, cache=None, cu_seqlens=None, reach=None):
         """All before the head, final norm included: (B, L, D) fp32 and Aux (None with a cache)."""
-        at = self._layout(tokens, mask, cache, cu_seqlens)
+        at = self._layout(tokens, mask, cache, cu_seqlens, reach)
         learns = torch.is_grad_enabled() and cache is None
         with torch.set_grad_enabled(learns), torch.autocast(self.device.type, enabled=False):
-            x, routings = self.embed_tokens(tokens), []
+            x, routings = self.embed_tokens(tokens).to(self.dtype), []
             for l, layer in enumerate(self.layers):
                 x, routing = layer(x, at, cache and cache.layers[l])
                 routings.append(routing)
@@ -602,8 +643,21 @@ class MiniMaxM1(nn.Module):
 
     def head(self, hidden):
         """Logits from hidden states, both fp32: never a bf16 logit (report sec. 3.2)."""
+        weight = self.lm_head.weight
         with torch.autocast(self.device.type, enabled=False):
+            if weight.is_cuda and weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+                return self._head_in_parts(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
             return self.lm_head(hidden)
+
+    def _head_in_parts(self, hidden):
+        """head for bf16 weights, as fp32 they would be three times the bytes: hidden (N, D) is the
+        sum of three bf16 tensors to fp32's last bit, and products are summed in fp32.
+        """
+        high = hidden.bfloat16()
+        middle = (hidden - high).bfloat16()
+        parts = torch.cat([high, middle, (hidden - high - middle.float()).bfloat16()])
+        product = torch.mm(parts, self.lm_head.weight.T, out_dtype=torch.float32)
+        return product.view(3, len(hidden), -1).sum(0)
 
     def logp(
         self, tokens, targets, *, mask=None, cu_seqlens=None, temperature=1.0, with_entropy=False
@@ -634,7 +688,7 @@ class MiniMaxM1(nn.Module):
         logp = logp.view_as(targets)
         return (logp, entropy.view_as(targets)) if with_entropy else logp
 
-    def _layout(self, tokens, mask, cache, cu_seqlens):
+    def _layout(self, tokens, mask, cache, cu_seqlens, reach=None):
         """Check forward's arguments; positions, visible keys and cache slots for all layers."""
         (B, L), device = tokens.shape, tokens.device
         positions = torch.arange(L, device=device).expand(B, L)
@@ -659,13 +713,14 @@ class MiniMaxM1(nn.Module):
             at.continues = mask is not None and bool(cache.position.any())
             positions = positions + cache.position[:, None]
             n_new = L if mask is None else mask.sum(1)
-            at.n_slots = n = max(int((cache.position + n_new).max()), 1)
+            n = max(int((cache.position + n_new).max()), 1) if reach is None else reach
             if n > cache.max_len:
                 raise ValueError(f"the cache holds {cache.max_len} tokens per row, {n} are needed")
             if mask is not None or L < n:  # not one prompt in an empty cache
                 at.seen = torch.zeros_like(positions), positions
-            real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-            at.rows, at.slots = real.nonzero(as_tuple=True)[0], positions[real]
+            row = torch.arange(B, device=device)[:, None].expand(B, L)
+            places = (row, positions) if mask is None else (row[mask], positions[mask])
+            at.n_slots, (at.rows, at.slots) = n, (x.flatten() for x in places)
         elif mask is not None:
             last = torch.arange(L, device=device).expand(B, L)
             first = (~mask).sum(1, keepdim=True)

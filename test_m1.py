@@ -130,7 +130,7 @@ def parity_model():
     return load_pretrained(HERE / "parity")
 
 
-@pytest.mark.parametrize("form", ["loop", "grouped", "dense"])
+@pytest.mark.parametrize("form", ["loop", "grouped", "grouped_mm", "dense"])
 def test_logits_are_those_of_the_released_code(released, parity_model, form):
     for layer in parity_model.layers:
         layer.block_sparse_moe.form = form
