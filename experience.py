@@ -118,9 +118,9 @@ def scored(model, tokenizer, problems, seeds, group_size=1, **how):
     """respond in pieces: ([Score], [tokens]). seeds: what substream makes the sampling's seed
     of.
     """
-    scores, lengths = [], []
-    for start in range(0, len(problems), 64):  # larger batches fall out of a CPU's cache
-        piece, seed = problems[start : start + 64], substream(*seeds, start)
+    scores, lengths, size = [], [], 64  # larger batches fall out of a CPU's cache
+    for start in range(0, len(problems), size):
+        piece, seed = problems[start : start + size], substream(*seeds, start)
         rollout, new = respond(model, tokenizer, piece, seed, group_size, **how)
         scores += new
         lengths += rollout.lengths.tolist()

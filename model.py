@@ -543,6 +543,16 @@ class Cache:
         layers = [x[rows] if torch.is_tensor(x) else (x[0][rows], x[1][rows]) for x in self.layers]
         return Cache(layers, self.position[rows], self.max_len)
 
+    def load(self, other, rows, used):
+        """Become these rows of another cache, whose tokens are `used` at most."""
+        for own, x in zip(self.layers, other.layers):
+            if torch.is_tensor(own):
+                own.copy_(x[rows])
+            else:
+                for mine, theirs in zip(own, x):
+                    mine[:, :used] = theirs[rows, :used]
+        self.position.copy_(other.position[rows])
+
     def reset(self, rows=slice(None)):
         """Empty these rows (all by default) so that other prompts can take their place."""
         self.position[rows] = 0

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import copy
 import dataclasses
+import functools
 import json
 import random
 import sys
 import time
+import types
+import weakref
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -113,32 +116,44 @@ class Request:
             raise ValueError(f"a prompt of {longest} tokens plus {new} new ones exceeds the {room}")
 
 
-def sample_tokens(logits, temperature, top_p, generator):
+def _mix(x):
+    """splitmix64: from int64s others in which every bit depends on all bits."""
+    x = x + (0x9E3779B97F4A7C15 - (1 << 64))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * (factor - (factor >> 63 << 64))
+    return x
+
+
+def streams(seed, n, device):
+    """(n,) int64: a stream of random numbers for each of n responses; see uniforms."""
+    number = torch.arange(n, device=device)
+    return _mix(_mix(torch.tensor(seed % 2**63, device=device)) + number)
+
+
+def uniforms(stream, step):
+    """(N,) fp64 in [0, 1): number `step` of each stream, whatever else is drawn beside it."""
+    return (_mix(_mix(stream) + step) >> 11 & 2**53 - 1).double() * 2.0**-53
+
+
+def sample_tokens(logits, temperature, top_p, uniform):
     """Draw a token per row of logits (N, W): tokens (N,), log-probs under what they are drawn from.
 
     Temperature first, then the smallest set of tokens with probability >= top_p, renormalised.
-    Temperature 0 is greedy: the distribution is a single token and the log-prob 0.
+    Temperature 0 is greedy: the distribution is a single token and the log-prob 0. uniform: (N,)
+    random numbers. Logits that are not finite give a log-prob that is not finite.
     """
     if temperature == 0:
-        highest, token = logits.max(-1)
-        _finite(highest)  # a nan is the highest
-        return token, torch.zeros_like(highest)
+        highest, token = logits.max(-1)  # a nan is the highest
+        return token, highest - highest
     logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
     if top_p < 1:
         ordered, order = logp.exp().sort(-1, descending=True)
         outside = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays inside
         logp = logp.masked_fill(outside.scatter(-1, order, outside), -torch.inf).log_softmax(-1)
-    cdf = logp.exp().cumsum(-1, dtype=torch.float64)  # one draw a row; torch.multinomial makes W
-    u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device, generator=generator)
-    token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=logp.shape[-1] - 1)
-    drawn = logp.gather(-1, token)[:, 0]
-    _finite(drawn)
-    return token[:, 0], drawn
-
-
-def _finite(values):
-    if not values.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged or diverged")
+    cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+    at = uniform[:, None] * cdf[:, -1:]
+    token = torch.searchsorted(cdf, at, right=True).clamp(max=logp.shape[-1] - 1)
+    return token[:, 0], logp.gather(-1, token)[:, 0]
 
 
 def left_pad(sequences, pad_id, device):
@@ -151,74 +166,251 @@ def left_pad(sequences, pad_id, device):
     return tokens.to(device), mask.to(device)
 
 
+@dataclass
+class Rows:
+    """The responses that a batch holds, a row each; all tensors are changed in place."""
+
+    number: torch.Tensor  # (B,) of the response; one more than there are: an empty row
+    stream: torch.Tensor  # (B,) its random numbers
+    thinking: torch.Tensor  # (B,) bool: no </think> so far
+    alive: torch.Tensor  # (B,) bool
+    token: torch.Tensor  # (B,) the last one
+    streak: torch.Tensor  # (B,) tokens in a row of p > 0.99
+    step: torch.Tensor  # (1,) tokens that all have
+
+    def select(self, keep):
+        """New Rows of these."""
+        *columns, step = vars(self).values()
+        return Rows(*(x[keep] for x in columns), step.clone())
+
+
+def _outputs(n, T, pad_id, device):
+    """Room for n responses of T tokens, and one that nobody reads for empty rows."""
+    zeros = functools.partial(torch.zeros, device=device)
+    return types.SimpleNamespace(
+        tokens=torch.full((n + 1, T), pad_id, device=device),
+        logp=zeros(n + 1, T),
+        mask=zeros(n + 1, T, dtype=torch.bool),
+        lengths=zeros(n + 1, dtype=torch.int64),
+        cause=zeros(n + 1, dtype=torch.int64),
+        broken=zeros(1, dtype=torch.bool),
+    )
+
+
+def draw(logits, rows, out, ask):
+    """A token for every row, and all that follows from it; nothing here waits for the device."""
+    alive, at = rows.alive, (rows.number, rows.step)
+    uniform = uniforms(rows.stream, rows.step)
+    token, logp = sample_tokens(logits, ask.temperature, ask.top_p, uniform)
+    out.broken |= (~logp.isfinite() & alive).any()
+    drawn = alive
+    if ask.think_budget is not None:
+        forced = alive & rows.thinking & (token != ask.think_end_id)
+        forced &= rows.step == ask.think_budget
+        token, drawn = token.masked_fill(forced, ask.think_end_id), alive & ~forced
+    out.tokens[at] = token.where(alive, ask.pad_id)
+    out.logp[at] = logp.float().where(drawn, 0.0)
+    out.mask[at] = drawn
+    out.lengths[rows.number] += alive
+
+    if ask.think_end_id is not None:
+        rows.thinking &= token != ask.think_end_id
+    looped = torch.full_like(token, LENGTH)
+    if 0 < ask.repetition_stop <= ask.max_new_tokens:
+        sure = logits.softmax(-1).gather(1, token[:, None])[:, 0] > 0.99
+        rows.streak.copy_((rows.streak + 1) * sure)
+        looped.masked_fill_(rows.streak >= ask.repetition_stop, REPETITION)
+    code = looped.masked_fill(token == ask.eos_id, EOS)
+    out.cause[rows.number] = code.where(alive, out.cause[rows.number])
+    rows.token.copy_(token)
+    rows.alive &= code == LENGTH
+    rows.step += 1
+
+
 def _read_prompts(model, prompts, ask, cache):
-    """Read each prompt once: the cache and logits (N, W) of N responses, the prompt of each."""
-    tokens, mask = left_pad(prompts, ask.pad_id, model.device)
+    """Read each prompt once: the cache and logits (N, W) of N responses, and their Rows."""
+    device, N = model.device, len(prompts) * ask.group_size
+    tokens, mask = left_pad(prompts, ask.pad_id, device)
     cache = cache or model.new_cache(len(prompts), tokens.shape[1] + ask.max_new_tokens)
     logits = model(tokens, mask=mask, cache=cache, last_only=True)[:, 0]
-    group = torch.arange(len(prompts) * ask.group_size, device=model.device) // ask.group_size
+    group = torch.arange(N, device=device) // ask.group_size
     if ask.group_size > 1:
         cache, logits = cache.select(group), logits[group]
-    return cache, logits, group
+    thinking = torch.tensor([p[-1] != ask.think_end_id for p in prompts], device=device)[group]
+    zeros, alive = torch.zeros(2, N, dtype=torch.int64, device=device), torch.ones_like(thinking)
+    step = torch.zeros(1, dtype=torch.int64, device=device)
+    number = torch.arange(N, device=device)
+    return cache, logits, Rows(number, streams(ask.seed, N, device), thinking, alive, *zeros, step)
+
+
+_copies = weakref.WeakKeyDictionary()
+
+
+def rollout_weights(model):
+    """The model that generate reads: itself, or where its activations have another dtype than its
+    weights a copy of that dtype (router gates and head aside), made equal anew by every call.
+    """
+    if model.compute in (None, model.embed_tokens.weight.dtype):
+        return model
+    if model not in _copies:
+        _copies[model] = copied = copy.deepcopy(model).requires_grad_(False)
+        for name, p in copied.named_parameters():
+            if not (".gate." in name or "lm_head" in name):
+                p.data = p.data.to(model.compute)
+        copied.compute = None
+    for own, p in zip(_copies[model].parameters(), model.parameters()):
+        own.data.copy_(p.data)
+    return _copies[model]
+
+
+def takes_graphs(model):
+    """Whether generate replays CUDA graphs: on a GPU, where no step has to ask the device."""
+    return model.device.type == "cuda"
+
+
+class Graphs:
+    """Decode steps as CUDA graphs: one launch instead of some hundred, on memory that stays.
+
+    There is one graph for each size of batch (N and its halves) and each reach (keys looked at, a
+    power of two), recorded when it is first needed and kept with the model, whose weights may
+    change where they lie. The host looks at what has ended once in LOOK steps.
+    """
+
+    LOOK, KEPT = 16, 4
+    _of = weakref.WeakKeyDictionary()  # model -> {settings: Graphs}, the last KEPT
+
+    def __init__(self, model, ask, n, max_len):
+        self.model, self.ask, self.max_len = weakref.proxy(model), ask, max_len
+        self.out = _outputs(n, ask.max_new_tokens, ask.pad_id, model.device)
+        self.batches, self.graphs, self.pool = {}, {}, None
+
+    @classmethod
+    def of(cls, model, ask, n, max_len):
+        """Those of a model for requests like this one, whatever its seed."""
+        kept, weights = (
+            cls._of.setdefault(model, {}),
+            tuple(p.data_ptr() for p in model.parameters()),
+        )
+        max_len = cls._up(max_len)
+        key = weights, dataclasses.replace(ask, seed=0), n, max_len
+        kept[key] = kept.pop(key, None) or cls(model, ask, n, max_len)
+        while len(kept) > cls.KEPT:
+            kept.pop(next(iter(kept)))
+        return kept[key]
+
+    @staticmethod
+    def _up(n):
+        return max(64, 1 << (n - 1).bit_length())
+
+    def run(self, cache, rows, out, used):
+        """All steps after the first, from the cache and Rows that the prompts left; fills `out`.
+
+        used: tokens of the longest row.
+        """
+        for name, x in vars(out).items():
+            getattr(self.out, name).copy_(x)
+        T, done, first = self.ask.max_new_tokens, 1, rows
+        while done < T:
+            n_alive, broken = torch.stack([rows.alive.sum(), self.out.broken[0]]).tolist()
+            if n_alive == 0 or broken:
+                break
+            if rows is first or n_alive <= len(rows.alive) // 2:
+                rows, cache = self._load(rows, cache, used)
+            n = min(self.LOOK, T - done)
+            graph = self._graph(rows, cache, min(self._up(used + n), self.max_len))
+            for _ in range(n):
+                graph.replay()
+            used, done = used + n, done + n
+        for name, x in vars(out).items():
+            x.copy_(getattr(self.out, name))
+        first.alive.fill_(False)
+
+    def _load(self, rows, cache, used):
+        """What still runs, in the memory of the smallest batch that holds it; the rest is empty."""
+        keep, size = rows.alive.nonzero()[:, 0], len(rows.alive)
+        while size // 2 >= len(keep):
+            size //= 2
+        take = keep[torch.arange(size, device=keep.device).clamp(max=len(keep) - 1)]
+        moved = rows.select(take)
+        moved.alive[len(keep) :], moved.number[len(keep) :] = False, len(self.out.cause) - 1
+        if size not in self.batches:
+            self.batches[size] = moved, self.model.new_cache(size, self.max_len)
+        own, memory = self.batches[size]
+        for name, x in vars(moved).items():
+            getattr(own, name).copy_(x)
+        memory.load(cache, take, used)
+        return own, memory
+
+    def _graph(self, rows, cache, reach):
+        """What replays one step of a batch; on a CPU, where tests run it, a plain call."""
+
+        def step(rows, cache, out):
+            draw(self.model.decode(rows.token, cache, reach), rows, out, self.ask)
+
+        key = len(rows.alive), reach
+        if key not in self.graphs and not rows.alive.is_cuda:
+            plain = functools.partial(step, rows, cache, self.out)
+            self.graphs[key] = types.SimpleNamespace(replay=plain)
+        elif key not in self.graphs:
+            every, side = torch.arange(key[0], device=rows.alive.device), torch.cuda.Stream()
+            copies = {name: x.clone() for name, x in vars(self.out).items()}
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # kernels are compiled and chosen outside of a graph
+                step(rows.select(every), cache.select(every), types.SimpleNamespace(**copies))
+            torch.cuda.current_stream().wait_stream(side)
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):
+                step(rows, cache, self.out)
+        return self.graphs[key]
 
 
 def generate(model, prompts, *, on_tokens=None, cache=None, **request):
     """Responses to prompts (lists of token ids), as a Rollout. request: the fields of Request.
 
-    All rows draw from one stream, so what is sampled for a prompt depends on those beside it.
     Prompts are padded on the left and read once; a group starts from copies of its prompt's cache.
-    Rows that have ended leave the batch once they are a quarter of it. on_tokens(responses, tokens)
-    is called after each step with the numbers and new tokens of those that still run. cache: that
-    of one conversation so far. The one prompt is what comes next, and the cache then holds it and
-    the response but for the response's last token, which no step has read.
+    Every response draws from a stream of its own, made of seed and its number: in fp32 its tokens
+    do not depend on those beside it (but for rounding, where two are as likely); in bf16 products
+    round differently with the size of a batch. Rows that have ended leave the batch once they are a
+    quarter of it. on_tokens(responses, tokens) is called after each step with the numbers and new
+    tokens of those that still run. cache: that of one conversation so far. The one prompt is what
+    comes next, and the cache then holds it and the response but for the response's last token,
+    which no step has read. On a GPU steps are replayed from CUDA graphs (see Graphs), unless
+    on_tokens or cache is given.
     """
-    ask, start, device = Request(**request), time.perf_counter(), model.device
+    ask, start, model = Request(**request), time.perf_counter(), rollout_weights(model)
     ask.check(model, prompts, cache)
-    N, T = len(prompts) * ask.group_size, ask.max_new_tokens
-    stop, generator = ask.repetition_stop or inf, torch.Generator(device).manual_seed(ask.seed)
-    cache, logits, group = _read_prompts(model, prompts, ask, cache)
-    tokens = torch.full((N, T), ask.pad_id, device=device)
-    logps = torch.zeros(N, T, device=device)
-    drawn = torch.zeros(N, T, dtype=torch.bool, device=device)
-    lengths, cause = torch.zeros(2, N, dtype=torch.int64, device=device)
-
-    row = torch.arange(N, device=device)  # the response that each row of the cache belongs to
-    alive, streak = torch.ones_like(row, dtype=torch.bool), torch.zeros_like(row)
-    thinking = torch.tensor([p[-1] != ask.think_end_id for p in prompts], device=device)[group]
-    for t in range(T):
-        token, logp = sample_tokens(logits, ask.temperature, ask.top_p, generator)
-        forced = alive & thinking & (token != ask.think_end_id) & (t == ask.think_budget)
-        if t == ask.think_budget:
-            token = token.masked_fill(forced, ask.think_end_id)
-        tokens[row, t] = token.where(alive, ask.pad_id)
-        logps[row, t] = logp.float().masked_fill(forced | ~alive, 0.0)
-        drawn[row, t] = alive & ~forced
-        lengths[row] += alive
+    N, T, used = len(prompts) * ask.group_size, ask.max_new_tokens, max(map(len, prompts))
+    used += 0 if cache is None else int(cache.position)
+    graphed = cache is None and on_tokens is None and takes_graphs(model)
+    cache, logits, rows = _read_prompts(model, prompts, ask, cache)
+    out = _outputs(N, T, ask.pad_id, model.device)
+    draw(logits, rows, out, ask)
+    done = 1
+    if graphed:
+        Graphs.of(model, ask, N, cache.max_len).run(cache, rows, out, used)
+    while True:
         if on_tokens:
-            on_tokens(row[alive], token[alive])
-
-        thinking &= token != ask.think_end_id
-        if stop <= T:
-            sure = logits.softmax(-1).gather(1, token[:, None])[:, 0] > 0.99
-            streak = (streak + 1) * sure
-        looped = torch.where(streak >= stop, REPETITION, LENGTH)
-        code = torch.where(token == ask.eos_id, EOS, looped)
-        cause[row] = torch.where(alive, code, cause[row])
-        alive &= code == LENGTH
-        n_alive = int(alive.sum())
-        if n_alive == 0 or t + 1 == T:
+            fresh = rows.number[out.lengths[rows.number] == done]
+            on_tokens(fresh, out.tokens[fresh, done - 1])
+        n_alive, broken = torch.stack([rows.alive.sum(), out.broken[0]]).tolist()
+        if broken:
+            raise ValueError(
+                "the model's logits are not finite: its weights are damaged or diverged"
+            )
+        if n_alive == 0 or done == T:
             break
-        if n_alive <= 0.75 * len(row):
-            keep = alive.nonzero()[:, 0]
-            kept = (x[keep] for x in (row, alive, thinking, streak, token))
-            row, alive, thinking, streak, token = kept
-            cache = cache.select(keep)
-        logits = model(token[:, None], cache=cache)[:, 0]
+        if n_alive <= 0.75 * len(rows.alive):
+            keep = rows.alive.nonzero()[:, 0]
+            rows, cache = rows.select(keep), cache.select(keep)
+            used = int(cache.position.max())
+        used, done = used + 1, done + 1
+        draw(model.decode(rows.token, cache, used), rows, out, ask)
 
-    cause[(cause == EOS) & (drawn.sum(1) < lengths)] = BUDGET
-    ended = [ENDED[c] for c in cause.tolist()]
-    tokens, logps, drawn = (x[:, : t + 1] for x in (tokens, logps, drawn))
-    return Rollout(tokens, logps, drawn, lengths, ended, time.perf_counter() - start)
+    out.cause[(out.cause == EOS) & (out.mask.sum(1) < out.lengths)] = BUDGET
+    ended, done = [ENDED[c] for c in out.cause[:N].tolist()], int(out.lengths[:N].max())
+    tokens, logp, mask = (x[:N, :done] for x in (out.tokens, out.logp, out.mask))
+    return Rollout(tokens, logp, mask, out.lengths[:N], ended, time.perf_counter() - start)
 
 
 # ============================================================================

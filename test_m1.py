@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 import zlib
 from pathlib import Path
 from unittest import mock
@@ -495,6 +496,25 @@ def test_expert_forms_agree_in_outputs_and_gradients():
         assert all(relative_error(x, first) < 1e-12 for x in others)
 
 
+def test_grouped_products_have_the_outputs_and_gradients_of_the_loop_also_for_idle_experts():
+    moe, x = small_model(dtype=torch.float32).layers[0].block_sparse_moe, torch.randn(1, 9, 24)
+    with torch.no_grad():
+        moe.gate.weight[2] = 0  # the third expert is chosen by tokens whose other logits are < 0
+        moe.gate.weight[3] = moe.gate.weight[0] - 10 * x[0, 0]
+    results = []
+    for moe.form in ("loop", "grouped_mm"):
+        inputs = [x.clone().requires_grad_(), moe.w1, moe.w2, moe.w3, moe.gate.weight]
+        out, routing = moe(inputs[0])
+        results.append([out, *torch.autograd.grad(out.sin().sum(), inputs)])
+    assert all(relative_error(x, first) < 1e-5 for first, x in zip(*results))
+    moe.gate.weight.data.zero_()[:2] = 1  # experts 2 and 3 idle
+    for moe.form in ("loop", "grouped_mm"):
+        out, routing = moe(x.abs())
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [moe.w1, moe.w2, moe.w3])])
+    assert routing.load.tolist() == [1, 1, 0, 0] and not results[3][1][2:].any()
+    assert all(relative_error(x, first) < 1e-5 for first, x in zip(*results[2:]))
+
+
 def test_the_router_loss_is_k_when_balanced_e_when_collapsed_and_padding_enters_none_of_it():
     moe, mask = small_model().layers[0].block_sparse_moe, torch.tensor([[False] * 8, [True] * 8])
     even = torch.full((8, 4), 1 / 4), torch.tensor([[0, 1], [2, 3]] * 4)
@@ -910,13 +930,48 @@ def test_responses_are_padded_behind_their_end_and_carry_the_log_probs_of_traini
 
 @pytest.mark.parametrize("temperature, top_p, n", [(1.0, 1.0, 4), (0.5, 1.0, 4), (1.0, 0.8, 2)])
 def test_samples_follow_temperature_and_top_p_and_their_log_probs_as_well(temperature, top_p, n):
-    logits, g = torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.Generator().manual_seed(0)
+    logits, n_drawn = torch.tensor([2.0, 1.0, 0.0, -1.0]), 40_000
+    uniform = sample.uniforms(sample.streams(0, n_drawn, "cpu"), torch.tensor([7]))
     p = (logits / temperature).softmax(-1)
     p = p * (torch.arange(4) < n) / p[:n].sum()  # 0.64 + 0.24 reach 0.8: two tokens stay
-    token, logp = sample.sample_tokens(logits.repeat(40_000, 1), temperature, top_p, g)
+    token, logp = sample.sample_tokens(logits.repeat(n_drawn, 1), temperature, top_p, uniform)
     assert worst(token.bincount(minlength=4) / len(token), p) < 0.01
     torch.testing.assert_close(logp, p.log()[token])
-    assert sample.sample_tokens(logits[None], 0, top_p, g)[0].tolist() == [0]
+    assert sample.sample_tokens(logits[None], 0, top_p, None)[0].tolist() == [0]
+
+
+def test_every_response_has_a_stream_of_its_own_of_even_and_unrelated_numbers():
+    streams = torch.stack([sample.streams(seed, 500, "cpu") for seed in (0, 1, 2**40)])
+    u = torch.stack([sample.uniforms(streams, torch.tensor(step)) for step in range(400)], -1)
+    assert 0 <= u.min() and u.max() < 1 and u.dtype == torch.float64
+    counts = torch.histc(u, 100, 0, 1)  # 600,000 numbers: 6,000 in each, give or take 77
+    assert (counts - 6000).abs().max() < 5 * 77
+    centred = u - 0.5
+    for shifted in (centred.roll(1, -1), centred.roll(1, 1), centred.roll(1, 0), centred.flip(-1)):
+        assert abs(float((centred * shifted).mean()) * 12) < 5 / 600_000**0.5
+    assert len(u.unique()) == u.numel()
+
+
+def test_a_response_does_not_depend_on_those_beside_it_nor_on_graphs(rollout, monkeypatch):
+    """On a CPU the engine calls what a graph would replay; rows move to smaller batches there."""
+    model, prompts, kw, _ = rollout
+    monkeypatch.setattr(sample.Graphs, "_of", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(sample.Graphs, "LOOK", 5)
+    ended, changes = set(), [{}, {}, {"temperature": 0}, {"repetition_stop": 1}, {"top_p": 0.7}]
+    for seed, more in enumerate(changes):
+        kw = rollout[2] | {"seed": seed, "think_end_id": 262, "think_budget": 7} | more
+        with monkeypatch.context() as patch:
+            plain = sample.generate(model, prompts, **kw)
+            patch.setattr(sample, "takes_graphs", lambda model: True)
+            engine = sample.generate(model, prompts, **kw)
+        assert torch.equal(plain.tokens, engine.tokens) and plain.ended == engine.ended
+        assert torch.equal(plain.mask, engine.mask) and torch.equal(plain.lengths, engine.lengths)
+        assert worst(plain.logp, engine.logp) < 1e-5
+        ended |= {*plain.ended}
+    assert len(sample.Graphs._of[model]) == 4 and ended > {"eos", "length"}
+    alone = sample.generate(model, prompts[:1], **kw | {"group_size": 2})
+    n = alone.tokens.shape[1]
+    assert torch.equal(alone.tokens, plain.tokens[:2, :n]) and alone.ended == plain.ended[:2]
 
 
 def test_a_used_up_thinking_budget_closes_the_thinking_and_the_token_is_not_trained_on(rollout):

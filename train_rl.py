@@ -97,6 +97,8 @@ class Flags:
     """run folder; None = the next free runs/PRESET-ALGO-NNN"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = cpu for tiny, else a GPU if there is one"""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """of matrix products and rollouts; weights stay fp32; auto = bf16 on a GPU, fp32 on a CPU"""
     steps: int = 40
     """RL steps; 0 stops after the cold start"""
     prompts: int = 32
@@ -365,10 +367,7 @@ def begin(flags):
     resumed = run and runlog.last_saved(run.folder)
     stored = run.folder if resumed else flags.init
     device = choose_device(flags, stored)
-    if stored:
-        model = checkpoint.load_pretrained(stored, device, torch.float32)
-    else:
-        model = new_model(flags).to(device)
+    model = load_model(flags, stored, device)
     tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model)
     curriculum = tasks.Curriculum(flags.mix, flags.growth)
     check_lengths(flags, tokenizer, model.config.max_position_embeddings)
@@ -381,6 +380,17 @@ def begin(flags):
     run.describe(flags=flat(told), **runlog.machine(device))
     print(banner(flags, model, run.folder), flush=True)
     return run, model, tokenizer, optimizer, curriculum
+
+
+def load_model(flags, stored, device):
+    """The model of a run or directory, or a new one: fp32 weights, activations of --dtype."""
+    if stored:
+        model = checkpoint.load_pretrained(stored, device, torch.float32)
+    else:
+        model = new_model(flags).to(device)
+    if flags.dtype == "bf16" or (flags.dtype == "auto" and device == "cuda"):
+        model.compute = torch.bfloat16
+    return model
 
 
 def check_lengths(flags, tokenizer, limit):
@@ -453,7 +463,7 @@ def banner(flags, model, folder):
     mix, recipe, count = flags.mix, flags.recipe, m1.count_parameters(model.config)
     head = torch.empty(model.config.head_dim, device=model.device, dtype=model.dtype)
     (low, high), masked = recipe.bounds, recipe.part("masked")
-    size = "{total:,} parameters, {active_with_head:,} active per token, fp32".format(**count)
+    size = "{total:,} parameters, {active_with_head:,} active per token".format(**count)
     moves = "-".join(str(n) for n in (mix.min_moves, mix.moves) if n)
     rhat = f"IS weight in {'[' if low else '('}{low:g}, {high:g}]"
     clip = f"tokens outside the trust region are {'dropped' if masked else 'kept'}"
@@ -461,6 +471,7 @@ def banner(flags, model, folder):
     return f"""\
 device    {model.device} ({torch.get_num_threads()} threads), torch {torch.__version__}
 model     {flags.init or flags.preset or "tiny"}: {size}
+weights   fp32, products and rollouts {str(model.dtype).removeprefix("torch.")}
 attention {": ".join(choose_impl(head, head))}
 problems  {mix.task}, {moves} moves; {flags.eval_problems} held out
 loss      {recipe.algo}: {rhat}, {clip}, a mean over each {recipe.part("token_weights")}
@@ -491,7 +502,8 @@ def step_line(row, flags, drops=()):
 
 
 CHANGEABLE = ("steps", "checkpoint_every", "device", "resume")  # what --resume may change
-SCORED = ("eval", "eval_problems", "task", "moves", "min_moves", "max_new_tokens", "seed", "device")
+SCORED = ("eval", "eval_problems", "task", "moves", "min_moves", "max_new_tokens", "seed")
+SCORED += ("device", "dtype")
 
 
 def stored_flags(path):
@@ -550,7 +562,7 @@ def main(argv=None):
     flags = read_flags(argv)
     if flags.eval is None:
         return train(flags)
-    model = checkpoint.load_pretrained(flags.eval, choose_device(flags, flags.eval), torch.float32)
+    model = load_model(flags, flags.eval, choose_device(flags, flags.eval))
     scores = evaluate(model, Tokenizer.of(model.config), flags)
     told = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"{checkpoint.checkpoint_dir(flags.eval)}: {told}")
