@@ -109,6 +109,8 @@ def fits(value, kind):
     if form is tuple:
         same = isinstance(value, (tuple, list)) and len(value) == len(parts)
         return same and all(map(fits, value, parts))
+    if form is list and parts[0] is int:  # long ones: prompts
+        return isinstance(value, list) and all(type(x) is int for x in value)
     if form is list:
         return isinstance(value, list) and all(fits(x, parts[0]) for x in value)
     if kind is float:

@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cli import check, command_line, parse, read_json, short
 from lightning_attn import check_boundaries, decay_slopes, lightning_attention, lightning_step
+from routing import can_route, iota, plan, route
 
 # ============================================================================
 # 1. Configuration
@@ -196,9 +197,48 @@ def widen(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def fused(function):
+    """Decorator: on a GPU a function of tensors is one kernel, which torch.compile makes when it is
+    first called, for all shapes; on a CPU it is what it says.
+    """
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
+
+    @functools.wraps(function)
+    def call(x, *more):
+        own = not x.is_cuda or torch.compiler.is_compiling()
+        return (function if own else compiled())(x, *more)
+
+    return call
+
+
+@fused
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) in fp32, cast back, then times weight (released order)."""
     return F.rms_norm(widen(x), x.shape[-1:], eps=eps).to(x.dtype) * weight.to(x.dtype)
+
+
+@fused
+def gated(x, weight, eps, gate):
+    """sigmoid(gate) * rms_norm(x)."""
+    return torch.sigmoid(gate) * rms_norm(x, weight, eps)
+
+
+@fused
+def swiglu(gate, x):
+    """silu(gate) * x."""
+    return F.silu(gate) * x
+
+
+@fused
+def residual(x, out, alpha, beta):
+    """alpha x + beta out."""
+    return torch.add(alpha * x, out, alpha=beta)
+
+
+@fused
+def weighted_sum(y, place, weight):
+    """Rows `place` (T k,) of y, times weight (T, k), summed over k: (T, D)."""
+    return (y.index_select(0, place).view(*weight.shape, -1) * weight[..., None]).sum(1)
 
 
 class RMSNorm(nn.Module):
@@ -220,6 +260,7 @@ def rope_tables(positions, config, dtype):
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
+@fused
 def rope(x, cos, sin):
     """x (B, L, H, K): dims i and i + R/2 of every head rotate, i < R/2, in fp32; the rest pass."""
     half = cos.shape[-1]
@@ -300,7 +341,9 @@ class LightningAttention(nn.Module):
         else:
             o, last = lightning_attention(q, k, v, slope, state)
             state.copy_(last)
-        return self.out_proj(torch.sigmoid(self.output_gate(u)) * self.norm(o.flatten(2)))
+        return self.out_proj(
+            gated(o.flatten(2), self.norm.weight, self.norm.eps, self.output_gate(u))
+        )
 
 
 _slopes = functools.cache(decay_slopes)  # no buffer: casting a model must not round its slopes
@@ -358,7 +401,7 @@ class SoftmaxAttention(nn.Module):
     @staticmethod
     def _attend_one(q, k, v, seen):
         """One query: q (B, J, H / J, K), the heads that share keys k (B, S, J, K) together."""
-        key, (first, last) = torch.arange(k.shape[1], device=k.device), seen
+        key, (first, last) = iota(k.shape[1], k.device), seen
         visible = ((first <= key) & (key <= last))[:, None, None]
         o = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), visible)
         return o.flatten(1, 2)[:, None]
@@ -396,13 +439,16 @@ class MoE(nn.Module):
     def forward(self, x, mask=None, with_routing=True):
         """x (B, L, D), mask (B, L) or None -> (B, L, D) and the Routing of real tokens, or None."""
         flat = x.flatten(0, 1)  # (T, D)
+        form = self.best_form(flat) if self.form == "auto" else self.form
+        if form == "grouped_mm" and not with_routing and can_route(flat, len(self.gate.weight)):
+            weight, rows = route(flat, self.gate.weight, self.top_k)
+            return self.planned(flat, weight.to(x.dtype), rows).view_as(x), None
         logits = widen(self.gate.weight) @ widen(flat).T  # (E, T): a CPU is slow at short rows
         probs = logits.softmax(0).T  # (T, E)
         weight, chosen = probs.topk(self.top_k, dim=-1)  # (T, k)
         weight = weight / weight.sum(-1, keepdim=True)
         if self.capacity and with_routing:
             weight = weight * self.within_capacity(chosen, mask)
-        form = self.best_form(flat) if self.form == "auto" else self.form
         out = getattr(self, form)(flat, weight.to(x.dtype), chosen)
         return out.view_as(x), self.routing(probs, chosen, mask) if with_routing else None
 
@@ -420,7 +466,7 @@ class MoE(nn.Module):
         for e in range(len(self.w1)):
             token, slot = (chosen == e).nonzero(as_tuple=True)
             w1, w3, w2 = (w[e].to(x.dtype) for w in (self.w1, self.w3, self.w2))
-            y = (F.silu(x[token] @ w1.T) * (x[token] @ w3.T)) @ w2
+            y = swiglu(x[token] @ w1.T, x[token] @ w3.T) @ w2
             out = out.index_add(0, token, y * weight[token, slot, None])
         return out
 
@@ -431,29 +477,29 @@ class MoE(nn.Module):
         counts = chosen.flatten().bincount(minlength=len(self.w1)).tolist()
         slices = x.index_select(0, token).split(counts)
         experts = zip(slices, *(w.to(x.dtype).unbind() for w in (self.w1, self.w3, self.w2)))
-        y = torch.cat([(F.silu(part @ w1.T) * (part @ w3.T)) @ w2 for part, w1, w3, w2 in experts])
+        y = torch.cat([swiglu(part @ w1.T, part @ w3.T) @ w2 for part, w1, w3, w2 in experts])
         y = y * weight.flatten().index_select(0, order)[:, None]
         return torch.zeros_like(x).index_add(0, token, y)
 
     def grouped_mm(self, x, weight, chosen):
-        """`grouped` in three products; where an expert's tokens end stays on the device."""
-        (T, k), E = chosen.shape, len(self.w1)
-        choices, experts = chosen.flatten(), torch.arange(E, device=x.device)
-        order = choices.argsort(stable=True)
-        ends = torch.searchsorted(choices[order], experts, right=True).int()
+        """`grouped` in three products; where an expert's rows end stays on the device."""
+        return self.planned(x, weight, plan(chosen, len(self.w1)))
+
+    def planned(self, x, weight, rows):
+        """x (T, D), weight (T, k), rows: routing.plan -> (T, D)."""
+        token, place, ends = rows
         product = functools.partial(F.grouped_mm, offs=ends)
         w1, w3, w2 = (w.to(x.dtype) for w in (self.w1, self.w3, self.w2))
-        part = x.index_select(0, order // k)
-        y = product(F.silu(product(part, w1.mT)) * product(part, w3.mT), w2)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(T * k, device=x.device))
-        return (y.index_select(0, place).view(T, k, -1) * weight[..., None]).sum(1)
+        part = x.index_select(0, token)
+        y = product(swiglu(product(part, w1.mT), product(part, w3.mT)), w2)
+        return weighted_sum(y, place, weight)
 
     def dense(self, x, weight, chosen):
         """Every expert on every token, as one wide expert: wasteful, but few large operations."""
         E, F_, D = self.w1.shape
         w1, w3, w2 = (w.to(x.dtype).view(-1, D) for w in (self.w1, self.w3, self.w2))
         scale = torch.zeros(len(x), E, dtype=x.dtype, device=x.device).scatter(1, chosen, weight)
-        hidden = F.silu(x @ w1.T) * (x @ w3.T)
+        hidden = swiglu(x @ w1.T, x @ w3.T)
         return (hidden.view(-1, E, F_) * scale[..., None]).view(-1, E * F_) @ w2
 
     def within_capacity(self, chosen, mask):
@@ -488,7 +534,7 @@ class SharedMLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 # ============================================================================
@@ -519,14 +565,14 @@ class Block(nn.Module):
         """x (B, L, D) -> (B, L, D) and the layer's Routing (None when generating)."""
         n1 = self.input_layernorm(x)
         out = self.self_attn(n1, at, cached)
-        x = torch.add(self.alpha_a * (n1 if self.postnorm else x), out, alpha=self.beta_a)
+        x = residual(n1 if self.postnorm else x, out, self.alpha_a, self.beta_a)
         n2 = self.post_attention_layernorm(x)
         out, routing = self.block_sparse_moe(n2, at.mask, with_routing=cached is None)
         if hasattr(self, "shared_mlp"):
             logit = F.linear(widen(n2), widen(self.coefficient.weight))  # (B, L, 1)
             share = torch.sigmoid(logit).to(out.dtype)
             out = out * (1 - share) + self.shared_mlp(n2) * share
-        x = torch.add(self.alpha_m * (n2 if self.postnorm else x), out, alpha=self.beta_m)
+        x = residual(n2 if self.postnorm else x, out, self.alpha_m, self.beta_m)
         return x, routing
 
 

@@ -100,9 +100,10 @@ class Request:
             raise ValueError("need at least one prompt, each of at least one token")
         W, limit = model.config.vocab_size, model.config.max_position_embeddings
         own = [self.pad_id, self.think_end_id or 0]
-        bad = [i for p in [*prompts, own] for i in p if not 0 <= i < W]
-        if bad:
-            raise ValueError(f"token id {bad[0]} is outside the model's vocabulary of {W}")
+        for p in [*prompts, own]:
+            if not 0 <= min(p) <= max(p) < W:
+                bad = max(p) if max(p) >= W else min(p)
+                raise ValueError(f"token id {bad} is outside the model's vocabulary of {W}")
         if (size := len(prompts) * self.group_size * self.max_new_tokens) > 2**32:
             raise ValueError(f"{size:,} tokens in one batch are more than {2**32:,}")
         room = f"model's {limit}"

@@ -49,6 +49,7 @@ import cli
 import experience
 import lightning_attn
 import model as m1
+import routing
 import runlog
 import sample
 import tasks
@@ -513,6 +514,24 @@ def test_grouped_products_have_the_outputs_and_gradients_of_the_loop_also_for_id
         results.append([out, *torch.autograd.grad(out.sin().sum(), [moe.w1, moe.w2, moe.w3])])
     assert routing.load.tolist() == [1, 1, 0, 0] and not results[3][1][2:].any()
     assert all(relative_error(x, first) < 1e-5 for first, x in zip(*results[2:]))
+
+
+@pytest.mark.parametrize("T, E, k", [(1, 8, 2), (5, 6, 2), (33, 32, 2), (64, 4, 1), (7, 5, 5)])
+def test_counting_rows_of_experts_gives_what_sorting_gives(T, E, k):
+    x, gate = torch.randn(T, 24, device=DEVICE), torch.randn(E, 24, device=DEVICE)
+    probs, chosen = (x @ gate.T).softmax(-1).topk(k)
+    with torch.no_grad():
+        assert routing.can_route(x, E) and not routing.can_route(torch.empty(4097, 1), 4)
+        weight, (token, place, ends) = routing.route(x, gate, k)
+    torch.testing.assert_close(weight, probs / probs.sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
+    for mine, sorted_ in zip((token, place, ends), routing.plan(chosen, E)):
+        assert torch.equal(mine, sorted_) and mine.dtype == sorted_.dtype
+    assert not routing.can_route(x, E)  # it would record no gradient
+    moe = small_model(dtype=torch.float32, num_local_experts=4).layers[0].block_sparse_moe
+    moe, x = moe.to(DEVICE), torch.randn(1, T, 24, device=DEVICE)
+    with torch.no_grad():
+        moe.form, (loop, _) = "grouped_mm", moe(x)
+        assert relative_error(moe(x, with_routing=False)[0], loop) < 1e-5
 
 
 def test_the_router_loss_is_k_when_balanced_e_when_collapsed_and_padding_enters_none_of_it():
@@ -1227,7 +1246,7 @@ def rl(out, model, batch, **flags):
 def answered(temperature=1.0):
     """A small model and what it answered to six problems, with random rewards, as a Batch."""
     model, prompts = tiny_model(), [TOKENIZER.encode(f"+{i}1=") for i in range(6)]
-    how = dict(max_new_tokens=8, eos_id=-1, seed=0, group_size=4, temperature=temperature)
+    how = dict(max_new_tokens=8, eos_id=-1, seed=1, group_size=4, temperature=temperature)
     return model, batch_of(prompts, sample.generate(model, prompts, **how), torch.rand(24).tolist())
 
 
@@ -1760,7 +1779,8 @@ def test_tool_calls_are_read_line_by_line_and_malformed_ones_named():
 def test_after_turns_the_cache_is_that_of_one_parallel_pass_and_nothing_was_read_twice():
     model, sizes, calls, ended = small_model(), [], 0, []
     model.lm_head.weight[TOKENIZER.eos_id] *= 6
-    model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
+    hidden = model.hidden
+    model.hidden = lambda x, **how: sizes.append(x.numel()) or hidden(x, **how)
     history, tools = [{"role": "system", "content": "Be brief."}], [{"name": "t"}]
     chat = sample.Chat(model, TOKENIZER, system="Be brief.", tools=tools, context=900)
     turns = ("hi", "user"), ("Ü?", "user"), ([{"name": "t", "text": "3"}], "tool"), ("so", "user")
@@ -2528,7 +2548,7 @@ def test_every_public_function_has_a_docstring_and_every_flag_has_help(capsys, m
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{file.name}: {node.name}"
     monkeypatch.setenv("COLUMNS", "90")
-    for script, most in ((train_rl, 36), (sample, 15), (m1, 4)):
+    for script, most in ((train_rl, 37), (sample, 15), (m1, 4)):
         with pytest.raises(SystemExit, match="0"):
             script.main(["--help"])
         groups = re.split(r"\w+ options", capsys.readouterr().out)
