@@ -6,10 +6,13 @@
     python bench.py cpu          training, generation, RL beside transformers' MiniMax if installed
     python bench.py kernel       lightning attention on a GPU: memory floor, fla, SDPA
     python bench.py decode-step  one token of many sequences on a GPU
+    python bench.py rollout      generation of the 0.65 B model on a GPU, many prompts at a time
+    python bench.py model        four full-width M1 layers on a GPU (50 GB): a step, a long prompt
 
 length, forms and cpu take a minute each, on an idle machine. Runs of train_rl.py are in studies/.
 
-    1. flops, length, forms   2. cpu   3. kernel, decode-step   4. timing, command line
+    1. flops, length, forms   2. cpu   3. kernel, decode-step   4. rollout, model
+    5. timing, command line
 """
 
 import contextlib
@@ -518,7 +521,113 @@ def time_steps(quick):
 
 
 # ============================================================================
-# 4. Timing, command line
+# 4. The model on a GPU
+# ============================================================================
+
+
+def on_gpu(config):
+    """A random model in bf16, router gates fp32."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            model = m1.MiniMaxM1(config).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for layer in model.layers:
+        layer.block_sparse_moe.gate.float()
+    return model
+
+
+def step_bytes(model, batch, n_tokens):
+    """Bytes that a decode step moves at least: weights that `batch` tokens touch, states in and
+    out, keys and values of n_tokens.
+    """
+    c, n, cache = model.config, m1.count_parameters(model.config), model.new_cache(1, 1).layers
+    E, k = c.num_local_experts, c.num_experts_per_tok
+    touched = n["experts"] * (1 - (1 - k / E) ** batch)
+    weights = n["total"] - n["embedding"] - n["experts"] + touched
+    states = sum(2 * x.nbytes for x in cache if torch.is_tensor(x))
+    kv = sum(t.nbytes for x in cache if isinstance(x, tuple) for t in x)
+    return 2 * weights + batch * (states + n_tokens * kv)
+
+
+def rollout(flags):
+    """Tokens/s of generation at `base`, bf16, 64-token prompts, 128 new tokens: rollout.csv."""
+    rows = measured(flags, "rollout", time_rollouts)
+    columns = {"batch": "{batch:,.0f}", "tokens/s": "{tokens_per_s:,.0f}"}
+    columns |= {"one step, ms": "{step_ms:.3f}", "memory floor, tokens/s": "{floor_per_s:,.0f}"}
+    print_table(rows, columns | {"share of it": "{share:.2f}"})
+
+
+def time_rollouts(quick):
+    """Rows of rollout.csv; the whole of generate is timed, prompts included."""
+    (bandwidth, machine), rows, prompt, new = this_gpu(), [], 64, 128
+    model = on_gpu(m1.M1Config.preset("base", vocab_size=512))
+    for batch in (1, 64) if quick else (1, 64, 256, 1024):
+        prompts = torch.randint(0, 512, (batch, prompt)).tolist()
+        how = {"max_new_tokens": new, "eos_id": -1, "repetition_stop": 0}
+        runs = [partial(sample.generate, model, prompts, seed=seed, **how) for seed in range(4)]
+        seconds = [run().seconds for run in runs][1:]  # the first records the graphs
+        floor = batch * bandwidth / step_bytes(model, batch, prompt + new / 2)
+        speeds = [batch * new / s for s in seconds]
+        row = {"batch": batch, "step_ms": f"{median(seconds) / new * 1e3:.4g}"}
+        row |= quartiles("tokens_per_s", speeds) | {"floor_per_s": f"{floor:.5g}"}
+        rows.append(row | {"share": f"{median(speeds) / floor:.3f}"} | machine)
+        sample.Graphs.forget(model)
+    return rows
+
+
+def model_slice(flags):
+    """A decode step and the prefill of four M1 layers of full width: model.csv."""
+    rows = measured(flags, "model", time_model)
+    columns = {
+        "job": "{job}",
+        "size": "{size:,.0f}",
+        "ms": "{ms:.2f}",
+        "floor, ms": "{floor_ms:.2f}",
+    }
+    print_table(rows, columns | {"x floor": "{x:.2f}"})
+
+
+def time_model(quick):
+    """Rows of model.csv. Floors: the bytes of a step; 2 FLOPs per active weight and token and those
+    of causal softmax, at the rate of a large product.
+    """
+    (bandwidth, machine), rows, n = this_gpu(), [], 1024
+    small = {"hidden_size": 512, "intermediate_size": 512} if quick else {}
+    config = m1.M1Config(num_hidden_layers=4, attn_type_list=[0, 0, 0, 1], **small)
+    model, a = on_gpu(config), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    flops = 2 * 8192**3 / median(event_seconds(lambda: a @ a) for _ in range(10))
+    cases = [("decode", batch) for batch in (1, 16, 64)]
+    cases += [("prefill", length) for length in ((2048,) if quick else (2048, 8192, 32768))]
+    for job, size in cases:
+        cache = model.new_cache(*((size, n + 64) if job == "decode" else (1, size)))
+        tokens = torch.randint(0, 1000, (size,), device="cuda")
+        if job == "decode":
+
+            def step(cache=cache, tokens=tokens):
+                cache.position.fill_(n)
+                model.decode(tokens, cache, n + 64)
+
+            seconds = gpu_race({job: [step]}, 10)[job]
+            floor = step_bytes(model, size, n) / bandwidth
+        else:
+            active = 2 * m1.count_parameters(config)["active"] * size
+            softmax = 2 * size**2 * config.num_attention_heads * config.head_dim  # one layer
+            floor, seconds = (active + softmax) / flops, []
+            for _ in range(5):
+                cache.reset()
+                with torch.no_grad():
+                    run = partial(model, tokens[None], cache=cache, last_only=True)
+                    seconds.append(event_seconds(run))
+        row = {"job": job, "size": size} | quartiles("ms", [s * 1e3 for s in seconds[-4:]])
+        row |= {"floor_ms": f"{floor * 1e3:.4g}", "x": f"{median(seconds[-4:]) / floor:.3f}"}
+        rows.append(row | {"product_tflops": f"{flops / 1e12:.0f}"} | machine)
+    return rows
+
+
+# ============================================================================
+# 5. Timing, command line
 # ============================================================================
 
 
@@ -594,6 +703,7 @@ def draw(axis, rows, x, names, unit, **labels):
 
 BENCHES = {"flops": flops, "length": length, "forms": forms, "cpu": cpu}
 BENCHES |= {"kernel": kernel, "decode-step": decode_step}
+BENCHES |= {"rollout": rollout, "model": model_slice}
 
 
 @dataclass(frozen=True)
@@ -601,7 +711,7 @@ class Flags(common.Flags):
     """What to measure."""
 
     name: Positional[str] = ""
-    """flops, length, forms, cpu, kernel or decode-step"""
+    """flops, length, forms, cpu, kernel, decode-step, rollout or model"""
     sweep: bool = False
     """kernel: time its block sizes instead"""
 

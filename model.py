@@ -11,11 +11,9 @@ Where a choice comes from: *report* = MiniMax-M1 report (arXiv:2506.13585), *01*
 (arXiv:2501.08313), *released* = published configuration and modelling code, *ours* = decided here.
 
     1. Configuration         M1Config, presets
-    2. Small parts           rms_norm, rope, Layout
-    3. Attention             LightningAttention, SoftmaxAttention
-    4. Mixture of experts    MoE, SharedMLP
-    5. The model             Block, Cache, MiniMaxM1, count_parameters
-    6. See it run            main: `python model.py --preset m1` (sizes, memory, half-lives)
+    2. Attention             Layout, LightningAttention, SoftmaxAttention
+    3. The model             Block, Cache, MiniMaxM1, count_parameters
+    4. See it run            main: `python model.py --preset m1` (sizes, memory, half-lives)
 
 Dimension key: B batch, L new tokens, D model width, H query heads, J key/value heads, K head width,
 S cache slots, E experts, F expert width, W vocabulary. Parameters keep their published names.
@@ -35,8 +33,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cli import check, command_line, parse, read_json, short
+from layers import Linear, RMSNorm, gated, residual, rope, rope_tables, widen
 from lightning_attn import check_boundaries, decay_slopes, lightning_attention, lightning_step
-from routing import can_route, iota, plan, route
+from moe import MoE, SharedMLP, iota
 
 # ============================================================================
 # 1. Configuration
@@ -188,98 +187,8 @@ def _need(ok, what):
 
 
 # ============================================================================
-# 2. Small parts
+# 2. Attention
 # ============================================================================
-
-
-def widen(x):
-    """x in fp32, or as it is if fp64: for norms, routers, states and logits of any model."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def fused(function):
-    """Decorator: on a GPU a function of tensors is one kernel, which torch.compile makes when it is
-    first called, for all shapes; on a CPU it is what it says.
-    """
-    compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
-
-    @functools.wraps(function)
-    def call(x, *more):
-        own = not x.is_cuda or torch.compiler.is_compiling()
-        return (function if own else compiled())(x, *more)
-
-    return call
-
-
-@fused
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) in fp32, cast back, then times weight (released order)."""
-    return F.rms_norm(widen(x), x.shape[-1:], eps=eps).to(x.dtype) * weight.to(x.dtype)
-
-
-@fused
-def gated(x, weight, eps, gate):
-    """sigmoid(gate) * rms_norm(x)."""
-    return torch.sigmoid(gate) * rms_norm(x, weight, eps)
-
-
-@fused
-def swiglu(gate, x):
-    """silu(gate) * x."""
-    return F.silu(gate) * x
-
-
-@fused
-def residual(x, out, alpha, beta):
-    """alpha x + beta out."""
-    return torch.add(alpha * x, out, alpha=beta)
-
-
-@fused
-def weighted_sum(y, place, weight):
-    """Rows `place` (T k,) of y, times weight (T, k), summed over k: (T, D)."""
-    return (y.index_select(0, place).view(*weight.shape, -1) * weight[..., None]).sum(1)
-
-
-class RMSNorm(nn.Module):
-    """rms_norm with its weight (D,)."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
-
-
-def rope_tables(positions, config, dtype):
-    """cos and sin (B, L, 1, R/2) of position * theta^(-2i/R), i < R/2, made in fp64 (released)."""
-    R = config.rotary_dim
-    i = torch.arange(0, R, 2, dtype=torch.float64, device=positions.device)
-    angle = positions[..., None, None] * config.rope_theta ** (-i / R)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-@fused
-def rope(x, cos, sin):
-    """x (B, L, H, K): dims i and i + R/2 of every head rotate, i < R/2, in fp32; the rest pass."""
-    half = cos.shape[-1]
-    a, b, rest = widen(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
-
-
-class Linear(nn.Module):
-    """A matrix (n_out, n_in), no bias as everywhere in M1; MiniMaxM1.init_weights fills it.
-
-    As in all of the model the product has the dtype of the activations, which the embedding sets.
-    """
-
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_out, n_in))
-
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
 
 
 @dataclass
@@ -294,11 +203,6 @@ class Layout:
     slots: torch.Tensor = None
     n_slots: int = 0  # S: slots in use after this pass
     continues: bool = False  # padded tokens meet states that are not empty
-
-
-# ============================================================================
-# 3. Attention
-# ============================================================================
 
 
 class LightningAttention(nn.Module):
@@ -408,137 +312,7 @@ class SoftmaxAttention(nn.Module):
 
 
 # ============================================================================
-# 4. Mixture of experts
-# ============================================================================
-
-
-class Routing(NamedTuple):
-    """What the router did in one layer, padding excluded."""
-
-    loss: torch.Tensor  # E sum_e f_e P_e: k when balanced, up to E when collapsed on k experts
-    load: torch.Tensor  # (E,) f_e: fraction of tokens that chose e, dropped or not; sums to k
-    prob: torch.Tensor  # (E,) P_e: mean router probability
-
-
-class MoE(nn.Module):
-    """Top-k mixture of SwiGLU experts: out = sum_e weight_e w2_e(silu(w1_e x) * w3_e x).
-
-    The router works in fp32: softmax over all E, top k, renormalised to sum 1. `form` names one of
-    four methods or "auto", see best_form.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        D, E, F_ = config.hidden_size, config.num_local_experts, config.intermediate_size
-        self.top_k, self.form = config.num_experts_per_tok, "auto"
-        self.capacity = None  # a number drops tokens in passes without a cache, see within_capacity
-        self.gate = Linear(D, E)
-        # w2 is published as (D, F); this way the experts stack into one matrix
-        self.w1, self.w3, self.w2 = (nn.Parameter(torch.empty(E, F_, D)) for _ in range(3))
-
-    def forward(self, x, mask=None, with_routing=True):
-        """x (B, L, D), mask (B, L) or None -> (B, L, D) and the Routing of real tokens, or None."""
-        flat = x.flatten(0, 1)  # (T, D)
-        form = self.best_form(flat) if self.form == "auto" else self.form
-        if form == "grouped_mm" and not with_routing and can_route(flat, len(self.gate.weight)):
-            weight, rows = route(flat, self.gate.weight, self.top_k)
-            return self.planned(flat, weight.to(x.dtype), rows).view_as(x), None
-        logits = widen(self.gate.weight) @ widen(flat).T  # (E, T): a CPU is slow at short rows
-        probs = logits.softmax(0).T  # (T, E)
-        weight, chosen = probs.topk(self.top_k, dim=-1)  # (T, k)
-        weight = weight / weight.sum(-1, keepdim=True)
-        if self.capacity and with_routing:
-            weight = weight * self.within_capacity(chosen, mask)
-        out = getattr(self, form)(flat, weight.to(x.dtype), chosen)
-        return out.view_as(x), self.routing(probs, chosen, mask) if with_routing else None
-
-    def best_form(self, x):
-        """The fastest form for x (T, D); on a GPU one that asks the device nothing, if it can."""
-        _, F_, D = self.w1.shape
-        if x.is_cuda:
-            aligned = x.dtype == torch.bfloat16 and D % 8 == 0 and F_ % 8 == 0
-            return "grouped_mm" if aligned else "dense" if len(x) <= 2048 else "grouped"
-        return "dense" if len(x) <= 512 and self.w1.numel() <= 2**17 else "grouped"
-
-    def loop(self, x, weight, chosen):
-        """The definition, expert by expert. x (T, D), weight and chosen (T, k) -> (T, D)."""
-        out = torch.zeros_like(x)
-        for e in range(len(self.w1)):
-            token, slot = (chosen == e).nonzero(as_tuple=True)
-            w1, w3, w2 = (w[e].to(x.dtype) for w in (self.w1, self.w3, self.w2))
-            y = swiglu(x[token] @ w1.T, x[token] @ w3.T) @ w2
-            out = out.index_add(0, token, y * weight[token, slot, None])
-        return out
-
-    def grouped(self, x, weight, chosen):
-        """Choices sorted by expert, so that each expert's tokens are one slice."""
-        order = chosen.flatten().argsort(stable=True)
-        token = order // self.top_k
-        counts = chosen.flatten().bincount(minlength=len(self.w1)).tolist()
-        slices = x.index_select(0, token).split(counts)
-        experts = zip(slices, *(w.to(x.dtype).unbind() for w in (self.w1, self.w3, self.w2)))
-        y = torch.cat([swiglu(part @ w1.T, part @ w3.T) @ w2 for part, w1, w3, w2 in experts])
-        y = y * weight.flatten().index_select(0, order)[:, None]
-        return torch.zeros_like(x).index_add(0, token, y)
-
-    def grouped_mm(self, x, weight, chosen):
-        """`grouped` in three products; where an expert's rows end stays on the device."""
-        return self.planned(x, weight, plan(chosen, len(self.w1)))
-
-    def planned(self, x, weight, rows):
-        """x (T, D), weight (T, k), rows: routing.plan -> (T, D)."""
-        token, place, ends = rows
-        product = functools.partial(F.grouped_mm, offs=ends)
-        w1, w3, w2 = (w.to(x.dtype) for w in (self.w1, self.w3, self.w2))
-        part = x.index_select(0, token)
-        y = product(swiglu(product(part, w1.mT), product(part, w3.mT)), w2)
-        return weighted_sum(y, place, weight)
-
-    def dense(self, x, weight, chosen):
-        """Every expert on every token, as one wide expert: wasteful, but few large operations."""
-        E, F_, D = self.w1.shape
-        w1, w3, w2 = (w.to(x.dtype).view(-1, D) for w in (self.w1, self.w3, self.w2))
-        scale = torch.zeros(len(x), E, dtype=x.dtype, device=x.device).scatter(1, chosen, weight)
-        hidden = swiglu(x @ w1.T, x @ w3.T)
-        return (hidden.view(-1, E, F_) * scale[..., None]).view(-1, E * F_) @ w2
-
-    def within_capacity(self, chosen, mask):
-        """Token drop (MiniMax-01): which choices (T, k) their expert has room for, bool.
-
-        An expert takes at most `capacity` (not published) times an even share, in the order of the
-        batch: late rows lose first (ours). A dropped choice adds nothing; other weights stay.
-        """
-        E, choices = len(self.w1), chosen.flatten()
-        hit = F.one_hot(choices, E)
-        if mask is not None:
-            hit = hit * mask.flatten().repeat_interleave(self.top_k)[:, None]
-        place = hit.cumsum(0).gather(1, choices[:, None])  # 1 = the first to choose this expert
-        return (place <= self.capacity * hit.sum() / E).view_as(chosen)
-
-    def routing(self, probs, chosen, mask):
-        """The load-balancing loss of one layer and its two factors (01 sec. 3)."""
-        hit = torch.zeros_like(probs).scatter(1, chosen, 1.0)
-        if mask is not None:
-            probs, hit = probs[mask.flatten()], hit[mask.flatten()]
-        load, prob = (x.sum(0) / max(len(x), 1) for x in (hit, probs))
-        return Routing(len(load) * (load * prob).sum(), load, prob)
-
-
-class SharedMLP(nn.Module):
-    """The shared expert of the released code: a SwiGLU of width intermediate_size. M1 has none."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
-# ============================================================================
-# 5. The model
+# 3. The model
 # ============================================================================
 
 
@@ -800,7 +574,7 @@ def count_parameters(config):
 
 
 # ============================================================================
-# 6. See it run
+# 4. See it run
 # ============================================================================
 
 

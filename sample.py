@@ -299,6 +299,11 @@ class Graphs:
             kept.pop(next(iter(kept)))
         return kept[key]
 
+    @classmethod
+    def forget(cls, model):
+        """Give the memory of a model's graphs back."""
+        cls._of.pop(model, None)
+
     @staticmethod
     def _up(n):
         return max(64, 1 << (n - 1).bit_length())

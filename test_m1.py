@@ -49,7 +49,7 @@ import cli
 import experience
 import lightning_attn
 import model as m1
-import routing
+import moe as experts
 import runlog
 import sample
 import tasks
@@ -521,12 +521,12 @@ def test_counting_rows_of_experts_gives_what_sorting_gives(T, E, k):
     x, gate = torch.randn(T, 24, device=DEVICE), torch.randn(E, 24, device=DEVICE)
     probs, chosen = (x @ gate.T).softmax(-1).topk(k)
     with torch.no_grad():
-        assert routing.can_route(x, E) and not routing.can_route(torch.empty(4097, 1), 4)
-        weight, (token, place, ends) = routing.route(x, gate, k)
+        assert experts.can_route(x, E) and not experts.can_route(torch.empty(4097, 1), 4)
+        weight, (token, place, ends) = experts.route(x, gate, k)
     torch.testing.assert_close(weight, probs / probs.sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
-    for mine, sorted_ in zip((token, place, ends), routing.plan(chosen, E)):
+    for mine, sorted_ in zip((token, place, ends), experts.plan(chosen, E)):
         assert torch.equal(mine, sorted_) and mine.dtype == sorted_.dtype
-    assert not routing.can_route(x, E)  # it would record no gradient
+    assert not experts.can_route(x, E)  # it would record no gradient
     moe = small_model(dtype=torch.float32, num_local_experts=4).layers[0].block_sparse_moe
     moe, x = moe.to(DEVICE), torch.randn(1, T, 24, device=DEVICE)
     with torch.no_grad():
@@ -991,6 +991,34 @@ def test_a_response_does_not_depend_on_those_beside_it_nor_on_graphs(rollout, mo
     alone = sample.generate(model, prompts[:1], **kw | {"group_size": 2})
     n = alone.tokens.shape[1]
     assert torch.equal(alone.tokens, plain.tokens[:2, :n]) and alone.ended == plain.ended[:2]
+
+
+@NEEDS_GPU
+def test_graphs_on_a_gpu_give_the_responses_of_plain_steps(monkeypatch):
+    model = tiny_model().cuda()
+    model.lm_head.weight.data[104] *= 4
+    prompts, tokens = [[1, 2, 3], [5, 6, 7, 8, 9, 10], [7]] * 5, []
+    for more in ({}, {"temperature": 0}, {"top_p": 0.8}, {"think_end_id": 262, "think_budget": 7}):
+        kw = dict(group_size=4, max_new_tokens=60, eos_id=104, seed=1) | more
+        for graphs in (True, False, True):
+            monkeypatch.setattr(sample, "takes_graphs", lambda model, graphs=graphs: graphs)
+            tokens.append(sample.generate(model, prompts, **kw).tokens)
+        assert torch.equal(*tokens[-2:]) and torch.equal(*tokens[-3:-1])
+
+
+@NEEDS_GPU
+def test_bf16_rollouts_on_a_gpu_agree_with_training_in_bf16():
+    model = tiny_model().cuda()
+    model.compute = torch.bfloat16
+    model.lm_head.weight.data *= 4  # so that some tokens are likely
+    prompts = [[1, 2, 3], [5, 6, 7, 8, 9, 10], [7]] * 20
+    r = sample.generate(model, prompts, group_size=4, max_new_tokens=30, eos_id=104, seed=1)
+    lengths = r.lengths.tolist()
+    rows = [x[:n].tolist() for x, n in zip(r.tokens, lengths)]
+    asked = [p for p in prompts for _ in range(4)]
+    batch = experience.make_batch(asked, rows, [[True] * n for n in lengths], "cuda")
+    logp, _, _ = experience.trained_logp(model, batch)
+    assert cispo.prob_correlation(logp[batch.trained], r.logp[r.mask]) > 0.999
 
 
 def test_a_used_up_thinking_budget_closes_the_thinking_and_the_token_is_not_trained_on(rollout):

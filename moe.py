@@ -1,0 +1,257 @@
+"""Mixture of experts: the router, and five ways to multiply each token with its experts.
+
+All give the same; `loop` is the definition. On a GPU nothing waits for the device: rows are sorted
+by expert, or, for the few tokens of a generation step, counted: sorting would cost a dozen launches
+of almost no work, counting costs two.
+
+    1. The layer                     MoE, SharedMLP
+    2. Rows of experts, by sorting   plan: for any number of tokens
+    3. Rows of experts, by counting  route: logits, best k, weights and plan (Triton)
+
+Dimension key: B batch, L tokens, T = B * L, D width, E experts, F expert width, k experts a token.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layers import Linear, fused, swiglu, widen
+from lightning_attn import _jit, tl, triton
+
+# ============================================================================
+# 1. The layer
+# ============================================================================
+
+
+class Routing(NamedTuple):
+    """What the router did in one layer, padding excluded."""
+
+    loss: torch.Tensor  # E sum_e f_e P_e: k when balanced, up to E when collapsed on k experts
+    load: torch.Tensor  # (E,) f_e: fraction of tokens that chose e, dropped or not; sums to k
+    prob: torch.Tensor  # (E,) P_e: mean router probability
+
+
+@fused
+def weighted_sum(y, place, weight):
+    """Rows `place` (T k,) of y, times weight (T, k), summed over k: (T, D)."""
+    return (y.index_select(0, place).view(*weight.shape, -1) * weight[..., None]).sum(1)
+
+
+class MoE(nn.Module):
+    """Top-k mixture of SwiGLU experts: out = sum_e weight_e w2_e(silu(w1_e x) * w3_e x).
+
+    The router works in fp32: softmax over all E, top k, renormalised to sum 1. `form` names one of
+    four methods or "auto", see best_form.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        D, E, F_ = config.hidden_size, config.num_local_experts, config.intermediate_size
+        self.top_k, self.form = config.num_experts_per_tok, "auto"
+        self.capacity = None  # a number drops tokens in passes without a cache, see within_capacity
+        self.gate = Linear(D, E)
+        # w2 is published as (D, F); this way the experts stack into one matrix
+        self.w1, self.w3, self.w2 = (nn.Parameter(torch.empty(E, F_, D)) for _ in range(3))
+
+    def forward(self, x, mask=None, with_routing=True):
+        """x (B, L, D), mask (B, L) or None -> (B, L, D) and the Routing of real tokens, or None."""
+        flat = x.flatten(0, 1)  # (T, D)
+        form = self.best_form(flat) if self.form == "auto" else self.form
+        if form == "grouped_mm" and not with_routing and can_route(flat, len(self.gate.weight)):
+            weight, rows = route(flat, self.gate.weight, self.top_k)
+            return self.planned(flat, weight.to(x.dtype), rows).view_as(x), None
+        logits = widen(self.gate.weight) @ widen(flat).T  # (E, T): a CPU is slow at short rows
+        probs = logits.softmax(0).T  # (T, E)
+        weight, chosen = probs.topk(self.top_k, dim=-1)  # (T, k)
+        weight = weight / weight.sum(-1, keepdim=True)
+        if self.capacity and with_routing:
+            weight = weight * self.within_capacity(chosen, mask)
+        out = getattr(self, form)(flat, weight.to(x.dtype), chosen)
+        return out.view_as(x), self.routing(probs, chosen, mask) if with_routing else None
+
+    def best_form(self, x):
+        """The fastest form for x (T, D); on a GPU one that asks the device nothing, if it can."""
+        _, F_, D = self.w1.shape
+        if x.is_cuda:
+            aligned = x.dtype == torch.bfloat16 and D % 8 == 0 and F_ % 8 == 0
+            return "grouped_mm" if aligned else "dense" if len(x) <= 2048 else "grouped"
+        return "dense" if len(x) <= 512 and self.w1.numel() <= 2**17 else "grouped"
+
+    def loop(self, x, weight, chosen):
+        """The definition, expert by expert. x (T, D), weight and chosen (T, k) -> (T, D)."""
+        out = torch.zeros_like(x)
+        for e in range(len(self.w1)):
+            token, slot = (chosen == e).nonzero(as_tuple=True)
+            w1, w3, w2 = (w[e].to(x.dtype) for w in (self.w1, self.w3, self.w2))
+            y = swiglu(x[token] @ w1.T, x[token] @ w3.T) @ w2
+            out = out.index_add(0, token, y * weight[token, slot, None])
+        return out
+
+    def grouped(self, x, weight, chosen):
+        """Choices sorted by expert, so that each expert's tokens are one slice."""
+        order = chosen.flatten().argsort(stable=True)
+        token = order // self.top_k
+        counts = chosen.flatten().bincount(minlength=len(self.w1)).tolist()
+        slices = x.index_select(0, token).split(counts)
+        experts = zip(slices, *(w.to(x.dtype).unbind() for w in (self.w1, self.w3, self.w2)))
+        y = torch.cat([swiglu(part @ w1.T, part @ w3.T) @ w2 for part, w1, w3, w2 in experts])
+        y = y * weight.flatten().index_select(0, order)[:, None]
+        return torch.zeros_like(x).index_add(0, token, y)
+
+    def grouped_mm(self, x, weight, chosen):
+        """`grouped` in three products; where an expert's rows end stays on the device."""
+        return self.planned(x, weight, plan(chosen, len(self.w1)))
+
+    def planned(self, x, weight, rows):
+        """x (T, D), weight (T, k), rows: routing.plan -> (T, D)."""
+        token, place, ends = rows
+        product = functools.partial(F.grouped_mm, offs=ends)
+        w1, w3, w2 = (w.to(x.dtype) for w in (self.w1, self.w3, self.w2))
+        part = x.index_select(0, token)
+        y = product(swiglu(product(part, w1.mT), product(part, w3.mT)), w2)
+        return weighted_sum(y, place, weight)
+
+    def dense(self, x, weight, chosen):
+        """Every expert on every token, as one wide expert: wasteful, but few large operations."""
+        E, F_, D = self.w1.shape
+        w1, w3, w2 = (w.to(x.dtype).view(-1, D) for w in (self.w1, self.w3, self.w2))
+        scale = torch.zeros(len(x), E, dtype=x.dtype, device=x.device).scatter(1, chosen, weight)
+        hidden = swiglu(x @ w1.T, x @ w3.T)
+        return (hidden.view(-1, E, F_) * scale[..., None]).view(-1, E * F_) @ w2
+
+    def within_capacity(self, chosen, mask):
+        """Token drop (MiniMax-01): which choices (T, k) their expert has room for, bool.
+
+        An expert takes at most `capacity` (not published) times an even share, in the order of the
+        batch: late rows lose first (ours). A dropped choice adds nothing; other weights stay.
+        """
+        E, choices = len(self.w1), chosen.flatten()
+        hit = F.one_hot(choices, E)
+        if mask is not None:
+            hit = hit * mask.flatten().repeat_interleave(self.top_k)[:, None]
+        place = hit.cumsum(0).gather(1, choices[:, None])  # 1 = the first to choose this expert
+        return (place <= self.capacity * hit.sum() / E).view_as(chosen)
+
+    def routing(self, probs, chosen, mask):
+        """The load-balancing loss of one layer and its two factors (01 sec. 3)."""
+        hit = torch.zeros_like(probs).scatter(1, chosen, 1.0)
+        if mask is not None:
+            probs, hit = probs[mask.flatten()], hit[mask.flatten()]
+        load, prob = (x.sum(0) / max(len(x), 1) for x in (hit, probs))
+        return Routing(len(load) * (load * prob).sum(), load, prob)
+
+
+class SharedMLP(nn.Module):
+    """The shared expert of the released code: a SwiGLU of width intermediate_size. M1 has none."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+# ============================================================================
+# 2. Rows of experts, by sorting
+# ============================================================================
+
+
+@functools.cache
+def iota(n, device):
+    """0 .. n - 1, made once."""
+    return torch.arange(n, device=device)
+
+
+def plan(chosen, n_experts):
+    """Choices (T, k) of experts, sorted by expert: (token, place, ends).
+
+    token (T k,) int64: of every sorted row; place (T k,) int64: row of every choice; ends (E,)
+    int32: where each expert's rows end. Nothing waits for the device.
+    """
+    choices, (T, k) = chosen.flatten(), chosen.shape
+    order = choices.argsort(stable=True)
+    ends = torch.searchsorted(choices[order], iota(n_experts, chosen.device), right=True).int()
+    place = torch.empty_like(order).scatter_(0, order, iota(T * k, chosen.device))
+    return order // k, place, ends
+
+
+# ============================================================================
+# 3. Rows of experts, by counting
+# ============================================================================
+
+MOST = 2**14  # entries of the (tokens, experts) table, which one program holds
+
+
+def can_route(x, n_experts):
+    """Whether `route` serves x (T, D)."""
+    able = triton is not None and (x.is_cuda or not isinstance(_route, triton.JITFunction))
+    size = triton.next_power_of_2(len(x)) * triton.next_power_of_2(n_experts) if able else 0
+    return able and size <= MOST and not torch.is_grad_enabled()
+
+
+def route(x, gate, k):
+    """x (T, D), gate (E, D) -> weight (T, k) fp32 and the plan of its k best experts.
+
+    Logits in fp32; the weights are the softmax over all experts, of the best k, made to sum to 1,
+    which is the softmax over those k. Not differentiable.
+    """
+    (T, D), E = x.shape, len(gate)
+    new = functools.partial(torch.empty, device=x.device)
+    logits, weight = new(T, E, dtype=torch.float32), new(T, k, dtype=torch.float32)
+    token, place = (new(T * k, dtype=torch.int64) for _ in range(2))
+    ends = new(E, dtype=torch.int32)
+    BT, BE = triton.next_power_of_2(T), triton.next_power_of_2(E)
+    few, BD = min(BE, 4), min(triton.next_power_of_2(D), 2048)
+    _logits[(T, triton.cdiv(E, few))](x, gate, logits, D, E, few, BD)
+    _route[(1,)](logits, weight, token, place, ends, T, E, k, BT, BE, num_warps=8)
+    return weight, (token, place, ends)
+
+
+@_jit
+def _logits(x, gate, logits, D, E, BE: tl.constexpr, BD: tl.constexpr):
+    """One token: its product with BE rows of the gate."""
+    t, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BE + tl.arange(0, BE)
+    total = tl.zeros([BE], dtype=tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        row = tl.load(x + t * D + d, mask=d < D, other=0.0).to(tl.float32)
+        inside = (e < E)[:, None] & (d < D)[None, :]
+        tile = tl.load(gate + e[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(tile * row[None, :], 1)
+    tl.store(logits + t * E + e, total, mask=e < E)
+
+
+@_jit
+def _route(
+    logits, weight, token, place, ends, T, E, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr
+):
+    """All tokens in one program: the best k of every row, then the rows of every expert."""
+    t, e = tl.arange(0, BT), tl.arange(0, BE)
+    inside = (t < T)[:, None] & (e < E)[None, :]
+    scores = tl.load(logits + t[:, None] * E + e[None, :], mask=inside, other=-float("inf"))
+    best, total = tl.where(t < T, tl.max(scores, 1), 0.0), tl.zeros([BT], dtype=tl.float32)
+    left, hits = scores, tl.zeros([BT, BE], dtype=tl.int32)
+    for _ in tl.static_range(K):
+        hit = e[None, :] == tl.argmax(left, 1)[:, None]
+        total += tl.exp(tl.max(left, 1) - best)
+        left = tl.where(hit, -float("inf"), left)
+        hits += (hit & (t < T)[:, None]).to(tl.int32)
+    rows = tl.sum(hits, 0)
+    end = tl.cumsum(rows, 0)
+    row = tl.cumsum(hits, 0) - hits + (end - rows)[None, :]  # tokens in their order
+    tl.store(ends + e, end, mask=e < E)
+    left = scores
+    for j in tl.static_range(K):
+        hit = e[None, :] == tl.argmax(left, 1)[:, None]
+        share = tl.exp(tl.max(left, 1) - best) / total
+        left = tl.where(hit, -float("inf"), left)
+        at = tl.sum(tl.where(hit, row, 0), 1)
+        tl.store(weight + t * K + j, share, mask=t < T)
+        tl.store(place + t * K + j, at.to(tl.int64), mask=t < T)
+        tl.store(token + at, t.to(tl.int64), mask=t < T)
