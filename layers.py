@@ -6,11 +6,13 @@ here: norms and rotations wide and cast back, products in the dtype of the activ
 Dimension key: B batch, L tokens, H heads, K head width, R rotary width, D width.
 """
 
-import functools
+import contextlib
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from lightning_attn import _jit, tl, triton
 
 
 def widen(x):
@@ -18,41 +20,27 @@ def widen(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def fused(function):
-    """Decorator: on a GPU a function of tensors is one kernel, which torch.compile makes when it is
-    first called, for all shapes; on a CPU it is what it says.
+def rms_norm(x, weight, eps, gate=None):
+    """x / sqrt(mean(x^2) + eps) in fp32, cast back, then times weight (released order); and, if
+    there is a gate of x's shape, times sigmoid(gate).
     """
-    compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
-
-    @functools.wraps(function)
-    def call(x, *more):
-        own = not x.is_cuda or torch.compiler.is_compiling()
-        return (function if own else compiled())(x, *more)
-
-    return call
+    if _fast(x):
+        return _launch_rows(_norm_kernel, x, weight, gate, eps)
+    y = F.rms_norm(widen(x), x.shape[-1:], eps=eps).to(x.dtype) * weight.to(x.dtype)
+    return y if gate is None else torch.sigmoid(gate) * y
 
 
-@fused
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) in fp32, cast back, then times weight (released order)."""
-    return F.rms_norm(widen(x), x.shape[-1:], eps=eps).to(x.dtype) * weight.to(x.dtype)
-
-
-@fused
-def gated(x, weight, eps, gate):
-    """sigmoid(gate) * rms_norm(x)."""
-    return torch.sigmoid(gate) * rms_norm(x, weight, eps)
-
-
-@fused
 def swiglu(gate, x):
     """silu(gate) * x."""
+    if _fast(x):
+        return _launch_pairs(gate, x, 0.0, 0.0, True)
     return F.silu(gate) * x
 
 
-@fused
 def residual(x, out, alpha, beta):
     """alpha x + beta out."""
+    if _fast(x):
+        return _launch_pairs(x, out, alpha, beta, False)
     return torch.add(alpha * x, out, alpha=beta)
 
 
@@ -75,7 +63,6 @@ def rope_tables(positions, config, dtype):
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-@fused
 def rope(x, cos, sin):
     """x (B, L, H, K): dims i and i + R/2 of every head rotate, i < R/2, in fp32; the rest pass."""
     half = cos.shape[-1]
@@ -95,3 +82,69 @@ class Linear(nn.Module):
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
+
+
+# ---- the same in one launch each, where launches are what takes time: a step of generation
+
+_steps = []
+
+
+@contextlib.contextmanager
+def generation(on):
+    """Inside, parts of a model on a GPU are kernels without gradients. (Training never takes them:
+    its two passes must round alike.)
+    """
+    if on:
+        _steps.append(True)
+    try:
+        yield
+    finally:
+        if on:
+            _steps.pop()
+
+
+def _fast(x):
+    return bool(_steps) and x.is_cuda and triton is not None
+
+
+def _launch_rows(kernel, x, weight, gate, eps):
+    """A program for each row (..., D)."""
+    x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    D, gate = x.shape[-1], x if gate is None else gate.contiguous()
+    warps = 4 if D <= 2048 else 8
+    rows, block = x.numel() // D, triton.next_power_of_2(D)
+    kernel[(rows,)](x, weight, gate, out, D, eps, gate is not x, block, num_warps=warps)
+    return out
+
+
+def _launch_pairs(a, b, alpha, beta, swiglu):
+    """A program for each 1,024 pairs of numbers."""
+    a, b, out = (
+        a.contiguous(),
+        b.contiguous(),
+        torch.empty_like(a, memory_format=torch.contiguous_format),
+    )
+    _pairs_kernel[(triton.cdiv(a.numel(), 1024),)](a, b, out, a.numel(), alpha, beta, swiglu, 1024)
+    return out
+
+
+@_jit
+def _norm_kernel(x, weight, gate, out, D, eps, GATED: tl.constexpr, BD: tl.constexpr):
+    """One row of rms_norm."""
+    row, d = tl.program_id(0).to(tl.int64) * D, tl.arange(0, BD)
+    v = tl.load(x + row + d, mask=d < D, other=0.0).to(tl.float32)
+    y = (v * tl.rsqrt(tl.sum(v * v, 0) / D + eps)).to(out.dtype.element_ty).to(tl.float32)
+    y *= tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    if GATED:
+        y *= tl.sigmoid(tl.load(gate + row + d, mask=d < D, other=0.0).to(tl.float32))
+    tl.store(out + row + d, y.to(out.dtype.element_ty), mask=d < D)
+
+
+@_jit
+def _pairs_kernel(a, b, out, n, alpha, beta, SWIGLU: tl.constexpr, BLOCK: tl.constexpr):
+    """swiglu or residual."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(a + i, mask=i < n, other=0.0).to(tl.float32)
+    y = tl.load(b + i, mask=i < n, other=0.0).to(tl.float32)
+    z = x * tl.sigmoid(x) * y if SWIGLU else alpha * x + beta * y
+    tl.store(out + i, z.to(out.dtype.element_ty), mask=i < n)

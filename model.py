@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cli import check, command_line, parse, read_json, short
-from layers import Linear, RMSNorm, gated, residual, rope, rope_tables, widen
+from layers import Linear, RMSNorm, generation, residual, rms_norm, rope, rope_tables, widen
 from lightning_attn import check_boundaries, decay_slopes, lightning_attention, lightning_step
 from moe import MoE, SharedMLP, iota
 
@@ -245,9 +245,8 @@ class LightningAttention(nn.Module):
         else:
             o, last = lightning_attention(q, k, v, slope, state)
             state.copy_(last)
-        return self.out_proj(
-            gated(o.flatten(2), self.norm.weight, self.norm.eps, self.output_gate(u))
-        )
+        gate = self.output_gate(u)
+        return self.out_proj(rms_norm(o.flatten(2), self.norm.weight, self.norm.eps, gate))
 
 
 _slopes = functools.cache(decay_slopes)  # no buffer: casting a model must not round its slopes
@@ -459,7 +458,8 @@ class MiniMaxM1(nn.Module):
         """All before the head, final norm included: (B, L, D) fp32 and Aux (None with a cache)."""
         at = self._layout(tokens, mask, cache, cu_seqlens, reach)
         learns = torch.is_grad_enabled() and cache is None
-        with torch.set_grad_enabled(learns), torch.autocast(self.device.type, enabled=False):
+        own = torch.autocast(self.device.type, enabled=False), generation(cache is not None)
+        with torch.set_grad_enabled(learns), own[0], own[1]:
             x, routings = self.embed_tokens(tokens).to(self.dtype), []
             for l, layer in enumerate(self.layers):
                 x, routing = layer(x, at, cache and cache.layers[l])

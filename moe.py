@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import Linear, fused, swiglu, widen
+from layers import Linear, swiglu, widen
 from lightning_attn import _jit, tl, triton
 
 # ============================================================================
@@ -34,7 +34,6 @@ class Routing(NamedTuple):
     prob: torch.Tensor  # (E,) P_e: mean router probability
 
 
-@fused
 def weighted_sum(y, place, weight):
     """Rows `place` (T k,) of y, times weight (T, k), summed over k: (T, D)."""
     return (y.index_select(0, place).view(*weight.shape, -1) * weight[..., None]).sum(1)
@@ -62,7 +61,7 @@ class MoE(nn.Module):
         form = self.best_form(flat) if self.form == "auto" else self.form
         if form == "grouped_mm" and not with_routing and can_route(flat, len(self.gate.weight)):
             weight, rows = route(flat, self.gate.weight, self.top_k)
-            return self.planned(flat, weight.to(x.dtype), rows).view_as(x), None
+            return self.planned(flat, weight, rows, sum_rows).view_as(x), None
         logits = widen(self.gate.weight) @ widen(flat).T  # (E, T): a CPU is slow at short rows
         probs = logits.softmax(0).T  # (T, E)
         weight, chosen = probs.topk(self.top_k, dim=-1)  # (T, k)
@@ -105,14 +104,14 @@ class MoE(nn.Module):
         """`grouped` in three products; where an expert's rows end stays on the device."""
         return self.planned(x, weight, plan(chosen, len(self.w1)))
 
-    def planned(self, x, weight, rows):
-        """x (T, D), weight (T, k), rows: routing.plan -> (T, D)."""
+    def planned(self, x, weight, rows, total=weighted_sum):
+        """x (T, D), weight (T, k), rows: see plan -> (T, D)."""
         token, place, ends = rows
         product = functools.partial(F.grouped_mm, offs=ends)
         w1, w3, w2 = (w.to(x.dtype) for w in (self.w1, self.w3, self.w2))
         part = x.index_select(0, token)
         y = product(swiglu(product(part, w1.mT), product(part, w3.mT)), w2)
-        return weighted_sum(y, place, weight)
+        return total(y, place, weight)
 
     def dense(self, x, weight, chosen):
         """Every expert on every token, as one wide expert: wasteful, but few large operations."""
@@ -255,3 +254,23 @@ def _route(
         tl.store(weight + t * K + j, share, mask=t < T)
         tl.store(place + t * K + j, at.to(tl.int64), mask=t < T)
         tl.store(token + at, t.to(tl.int64), mask=t < T)
+
+
+def sum_rows(y, place, weight):
+    """weighted_sum in one launch, in fp32."""
+    (T, k), D = weight.shape, y.shape[1]
+    out = torch.empty(T, D, dtype=y.dtype, device=y.device)
+    _sum_rows[(T, triton.cdiv(D, 1024))](y, place, weight, out, D, k, 1024)
+    return out
+
+
+@_jit
+def _sum_rows(y, place, weight, out, D, K: tl.constexpr, BD: tl.constexpr):
+    """1,024 columns of one token."""
+    t, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
+    total = tl.zeros([BD], dtype=tl.float32)
+    for j in tl.static_range(K):
+        row = tl.load(place + t * K + j)
+        part = tl.load(y + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        total += tl.load(weight + t * K + j) * part
+    tl.store(out + t * D + d, total.to(out.dtype.element_ty), mask=d < D)

@@ -47,6 +47,7 @@ import bench
 import cispo
 import cli
 import experience
+import layers
 import lightning_attn
 import model as m1
 import moe as experts
@@ -514,6 +515,22 @@ def test_grouped_products_have_the_outputs_and_gradients_of_the_loop_also_for_id
         results.append([out, *torch.autograd.grad(out.sin().sum(), [moe.w1, moe.w2, moe.w3])])
     assert routing.load.tolist() == [1, 1, 0, 0] and not results[3][1][2:].any()
     assert all(relative_error(x, first) < 1e-5 for first, x in zip(*results[2:]))
+
+
+@pytest.mark.parametrize("D", [24, 1500])
+def test_small_parts_as_kernels_give_what_they_give_as_pytorch(D):
+    x, y, gate = torch.randn(3, 2, 5, D, device=DEVICE).unbind()
+    weight = torch.randn(D, device=DEVICE)
+    calls = [(layers.rms_norm, (x, weight, 1e-5)), (layers.rms_norm, (x, weight, 1e-6, gate))]
+    calls += [(layers.swiglu, (gate, x)), (layers.residual, (x, y, 3.5, 0.7))]
+    plain = [function(*inputs) for function, inputs in calls]
+    with mock.patch.object(layers, "_fast", lambda x: True):
+        kernels = [function(*inputs) for function, inputs in calls]
+    for one, other in zip(plain, kernels):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    with layers.generation(True):
+        assert layers._fast(x) == x.is_cuda
+    assert not layers._fast(x)  # training and its first ratio of 1 never take them
 
 
 @pytest.mark.parametrize("T, E, k", [(1, 8, 2), (5, 6, 2), (33, 32, 2), (64, 4, 1), (7, 5, 5)])
@@ -1017,7 +1034,8 @@ def test_bf16_rollouts_on_a_gpu_agree_with_training_in_bf16():
     rows = [x[:n].tolist() for x, n in zip(r.tokens, lengths)]
     asked = [p for p in prompts for _ in range(4)]
     batch = experience.make_batch(asked, rows, [[True] * n for n in lengths], "cuda")
-    logp, _, _ = experience.trained_logp(model, batch)
+    with torch.no_grad():
+        logp, _, _ = experience.trained_logp(model, batch)
     assert cispo.prob_correlation(logp[batch.trained], r.logp[r.mask]) > 0.999
 
 
@@ -2007,7 +2025,9 @@ def test_a_benchmark_tells_the_same_when_it_is_drawn_again_from_its_csv(name, tm
     assert common.read_csv(tmp_path / f"{name}.csv") == rows and len(rows) > 1
 
 
-@pytest.mark.parametrize("name", ["length", "forms", "cpu", "kernel", "decode-step"])
+@pytest.mark.parametrize(
+    "name", ["length", "forms", "cpu", "kernel", "decode-step", "rollout", "model"]
+)
 def test_committed_benchmarks_are_still_readable(name, tmp_path, capsys):
     shutil.copy(HERE / f"figures/{name}.csv", tmp_path)
     assert printed(capsys, bench.main, name, "--redraw", "--out", str(tmp_path)).count("\n") > 3
@@ -2024,6 +2044,12 @@ def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
     base = committed("base-summary")[0]
     took = "took {seconds:.0f} s from its cold start to accuracy {accuracy_end:.3f}"
     said.append(took.format(**base))
+    rows = committed("rollout")
+    said += [", ".join(f"{row['tokens_per_s']:,.0f}" for row in rows) + " tokens/s"]
+    said += [", ".join(f"{row['share']:.2f}" for row in rows) + " of it"]
+    for rows in (committed("model")[:3], committed("model")[3:]):
+        said += [", ".join(f"{row['ms']:.2f}" for row in rows) + " ms"]
+        said += [", ".join(f"{row['x']:.2f}" for row in rows) + " times"]
     for row in (row for row in committed("kernel") if row["part"] == "shapes"):
         cells = [f"{row[f'triton_{x}_us']:.0f} (x {row[f'triton_{x}_x']:.2f})" for x in bench.JOBS]
         for name in ("fla", "flash", "cudnn"):

@@ -335,7 +335,7 @@ def test_compare_lays_runs_side_by_side_and_names_what_is_no_run(tmp_path, capsy
         shutil.copy(FIGURES / f"main-seed{i}.csv", tmp_path / f"r{i}/log.csv")
     argv = [str(tmp_path / "r0"), str(tmp_path / "r1"), "--out", str(tmp_path)]
     said = printed(capsys, compare_runs.main, *argv)
-    assert "0.25 -> 0.993" in said and (tmp_path / "compare.png").stat().st_size > 5000
+    assert "0.26 -> 0.994" in said and (tmp_path / "compare.png").stat().st_size > 5000
     with pytest.raises(SystemExit, match="2"):
         compare_runs.main([str(tmp_path)])
     assert "has no log.csv" in capsys.readouterr().err
