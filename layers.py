@@ -25,7 +25,7 @@ def rms_norm(x, weight, eps, gate=None):
     there is a gate of x's shape, times sigmoid(gate).
     """
     if _fast(x):
-        return _launch_rows(_norm_kernel, x, weight, gate, eps)
+        return _launch_rows(x, weight, gate, eps)
     y = F.rms_norm(widen(x), x.shape[-1:], eps=eps).to(x.dtype) * weight.to(x.dtype)
     return y if gate is None else torch.sigmoid(gate) * y
 
@@ -107,24 +107,22 @@ def _fast(x):
     return bool(_steps) and x.is_cuda and triton is not None
 
 
-def _launch_rows(kernel, x, weight, gate, eps):
+def _launch_rows(x, weight, gate, eps):
     """A program for each row (..., D)."""
     x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     D, gate = x.shape[-1], x if gate is None else gate.contiguous()
-    warps = 4 if D <= 2048 else 8
-    rows, block = x.numel() // D, triton.next_power_of_2(D)
-    kernel[(rows,)](x, weight, gate, out, D, eps, gate is not x, block, num_warps=warps)
+    size = {"BD": triton.next_power_of_2(D), "num_warps": 4 if D <= 2048 else 8}
+    with torch.cuda.device_of(x):
+        _norm_kernel[(x.numel() // D,)](x, weight, gate, out, D, eps, GATED=gate is not x, **size)
     return out
 
 
 def _launch_pairs(a, b, alpha, beta, swiglu):
     """A program for each 1,024 pairs of numbers."""
-    a, b, out = (
-        a.contiguous(),
-        b.contiguous(),
-        torch.empty_like(a, memory_format=torch.contiguous_format),
-    )
-    _pairs_kernel[(triton.cdiv(a.numel(), 1024),)](a, b, out, a.numel(), alpha, beta, swiglu, 1024)
+    a, b, n = a.contiguous(), b.contiguous(), a.numel()
+    out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    with torch.cuda.device_of(a):
+        _pairs_kernel[(triton.cdiv(n, 1024),)](a, b, out, n, alpha, beta, swiglu, 1024)
     return out
 
 

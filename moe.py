@@ -207,8 +207,9 @@ def route(x, gate, k):
     ends = new(E, dtype=torch.int32)
     BT, BE = triton.next_power_of_2(T), triton.next_power_of_2(E)
     few, BD = min(BE, 4), min(triton.next_power_of_2(D), 2048)
-    _logits[(T, triton.cdiv(E, few))](x, gate, logits, D, E, few, BD)
-    _route[(1,)](logits, weight, token, place, ends, T, E, k, BT, BE, num_warps=8)
+    with torch.cuda.device_of(x):
+        _logits[(T, triton.cdiv(E, few))](x, gate, logits, D, E, few, BD)
+        _route[(1,)](logits, weight, token, place, ends, T, E, k, BT, BE, num_warps=8)
     return weight, (token, place, ends)
 
 
@@ -248,7 +249,7 @@ def _route(
     left = scores
     for j in tl.static_range(K):
         hit = e[None, :] == tl.argmax(left, 1)[:, None]
-        share = tl.exp(tl.max(left, 1) - best) / total
+        share = tl.exp(tl.max(left, 1) - best) / tl.where(t < T, total, 1.0)
         left = tl.where(hit, -float("inf"), left)
         at = tl.sum(tl.where(hit, row, 0), 1)
         tl.store(weight + t * K + j, share, mask=t < T)
@@ -260,7 +261,8 @@ def sum_rows(y, place, weight):
     """weighted_sum in one launch, in fp32."""
     (T, k), D = weight.shape, y.shape[1]
     out = torch.empty(T, D, dtype=y.dtype, device=y.device)
-    _sum_rows[(T, triton.cdiv(D, 1024))](y, place, weight, out, D, k, 1024)
+    with torch.cuda.device_of(y):
+        _sum_rows[(T, triton.cdiv(D, 1024))](y, place, weight, out, D, k, 1024)
     return out
 
 
