@@ -3,7 +3,7 @@
     python sample.py --model runs/tiny-cispo-001 --prompt "+314204="       one request
     python sample.py --model DIR          on a terminal: a chat, its history kept
 
-    1. Generation        Rollout, Sampling, Request, sample_tokens, generate
+    1. Generation        Sampling, Request, Rollout; sample_tokens, draw, Graphs, generate
     2. Chat              Chat
     3. Command line      Flags, stream, judged, talk, main
 
@@ -264,9 +264,14 @@ def rollout_weights(model):
     return _copies[model]
 
 
-def takes_graphs(model):
-    """Whether generate replays CUDA graphs: on a GPU, where no step has to ask the device."""
-    return model.device.type == "cuda"
+def takes_graphs(model, n):
+    """Whether generate replays CUDA graphs for n rows: on a GPU, if no step must ask the device."""
+    x, moe = (
+        torch.empty(n, 0, dtype=model.dtype, device=model.device),
+        model.layers[0].block_sparse_moe,
+    )
+    form = moe.best_form(x) if moe.form == "auto" else moe.form
+    return x.is_cuda and form in ("dense", "grouped_mm")
 
 
 class Graphs:
@@ -288,11 +293,8 @@ class Graphs:
     @classmethod
     def of(cls, model, ask, n, max_len):
         """Those of a model for requests like this one, whatever its seed."""
-        kept, weights = (
-            cls._of.setdefault(model, {}),
-            tuple(p.data_ptr() for p in model.parameters()),
-        )
-        max_len = cls._up(max_len)
+        kept, max_len = cls._of.setdefault(model, {}), cls._up(max_len)
+        weights = tuple(p.data_ptr() for p in model.parameters())
         key = weights, dataclasses.replace(ask, seed=0), n, max_len
         kept[key] = kept.pop(key, None) or cls(model, ask, n, max_len)
         while len(kept) > cls.KEPT:
@@ -388,7 +390,7 @@ def generate(model, prompts, *, on_tokens=None, cache=None, **request):
     ask.check(model, prompts, cache)
     N, T, used = len(prompts) * ask.group_size, ask.max_new_tokens, max(map(len, prompts))
     used += 0 if cache is None else int(cache.position)
-    graphed = cache is None and on_tokens is None and takes_graphs(model)
+    graphed = cache is None and on_tokens is None and takes_graphs(model, N)
     cache, logits, rows = _read_prompts(model, prompts, ask, cache)
     out = _outputs(N, T, ask.pad_id, model.device)
     draw(logits, rows, out, ask)

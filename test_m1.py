@@ -998,7 +998,7 @@ def test_a_response_does_not_depend_on_those_beside_it_nor_on_graphs(rollout, mo
         kw = rollout[2] | {"seed": seed, "think_end_id": 262, "think_budget": 7} | more
         with monkeypatch.context() as patch:
             plain = sample.generate(model, prompts, **kw)
-            patch.setattr(sample, "takes_graphs", lambda model: True)
+            patch.setattr(sample, "takes_graphs", lambda *_: True)
             engine = sample.generate(model, prompts, **kw)
         assert torch.equal(plain.tokens, engine.tokens) and plain.ended == engine.ended
         assert torch.equal(plain.mask, engine.mask) and torch.equal(plain.lengths, engine.lengths)
@@ -1018,7 +1018,7 @@ def test_graphs_on_a_gpu_give_the_responses_of_plain_steps(monkeypatch):
     for more in ({}, {"temperature": 0}, {"top_p": 0.8}, {"think_end_id": 262, "think_budget": 7}):
         kw = dict(group_size=4, max_new_tokens=60, eos_id=104, seed=1) | more
         for graphs in (True, False, True):
-            monkeypatch.setattr(sample, "takes_graphs", lambda model, graphs=graphs: graphs)
+            monkeypatch.setattr(sample, "takes_graphs", lambda *_, graphs=graphs: graphs)
             tokens.append(sample.generate(model, prompts, **kw).tokens)
         assert torch.equal(*tokens[-2:]) and torch.equal(*tokens[-3:-1])
 
