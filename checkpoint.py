@@ -44,12 +44,16 @@ def published_tensors(model):
     """{published name: view of our parameter}: copy into a view to load, read it to save."""
     tensors = {}
     for name, p in model.named_parameters():
-        if p.ndim < 3:
-            tensors[published_name(name)] = p.detach()
-        else:
-            for e, w in enumerate(p.detach()):
-                tensors[published_name(name, e)] = w.T if name.endswith("w2") else w
+        experts = p.detach().unbind() if p.ndim == 3 else [p.detach()]
+        for published, w in zip(_published_parts(model, name, p), experts):
+            tensors[published] = w.T if name.endswith("w2") else w
     return tensors
+
+
+def _published_parts(model, name, p):
+    """The published names of a parameter: one, or one for each expert."""
+    name = re.sub(r"(?<=^layers\.)\d+", lambda i: str(model.which[int(i[0])]), name)
+    return [published_name(name, e) for e in range(len(p) if p.ndim == 3 else 1)]
 
 
 # ============================================================================
@@ -76,8 +80,11 @@ def saved_steps(folder):
     return sorted(x for x in found if x.is_dir() and not x.is_symlink())
 
 
-def load_pretrained(path, device="cpu", dtype=None):
+def load_pretrained(path, device="cpu", dtype=None, layers=None):
     """Load a published MiniMax-M1 directory, or a run of train_rl, shard by shard.
+
+    layers: the numbers of those to load, range(8) say, to study a part of a model that is too large
+    as a whole; None = all.
 
     Peak memory: the model plus one tensor. Checkpoints of ours carry checksums, which are verified;
     published ones have none. dtype None keeps every tensor's stored dtype, which may differ from
@@ -87,12 +94,22 @@ def load_pretrained(path, device="cpu", dtype=None):
     """
     path = checkpoint_dir(path)
     config, stored = M1Config.from_json(path), _stored_tensors(path)
-    least = 3 * config.num_hidden_layers * config.num_local_experts
+    n = config.num_hidden_layers
+    which = list(range(n) if layers is None else layers)
+    if not which or len({*which}) < len(which) or not {*which} <= {*range(n)}:
+        raise ValueError(
+            f"layers must be different numbers from 0 to {n - 1}, found {short(layers)}"
+        )
+    others = {f"model.layers.{l}." for l in range(n) if l not in which}
+    stored = {
+        x: at for x, at in stored.items() if re.match(r"model\.layers\.\d+\.|", x)[0] not in others
+    }
+    least = 3 * len(which) * config.num_local_experts
     if len(stored) < least:  # said before so many are built
         said = f"config.json promises {least} tensors of experts, {len(stored)} tensors are there"
         raise ValueError(f"{path} does not fit: {said}")
     with torch.device("meta"):
-        model = MiniMaxM1(config)
+        model = MiniMaxM1(config, which)
     expected = {name: tuple(t.shape) for name, t in published_tensors(model).items()}
     _check_names(path, expected, {name: shape for name, (_, shape, _) in stored.items()})
     files = sorted({file for file, _, _ in stored.values()})
@@ -100,7 +117,7 @@ def load_pretrained(path, device="cpu", dtype=None):
 
     for name, p in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        parts = [published_name(name, e) for e in range(len(p) if p.ndim == 3 else 1)]
+        parts = _published_parts(model, name, p)
         cast = dtype or functools.reduce(torch.promote_types, (stored[x][2] for x in parts))
         if dtype and ".gate." in name:
             cast = torch.promote_types(dtype, torch.float32)
@@ -109,7 +126,7 @@ def load_pretrained(path, device="cpu", dtype=None):
     views = published_tensors(model)
     for file in files:
         with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():
+            for name in filter(views.__contains__, shard.keys()):
                 views[name].copy_(shard.get_tensor(name))
     return model
 
@@ -265,6 +282,8 @@ def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None):
     path = Path(path)
     if path.exists():
         raise ValueError(f"{path} exists already; remove it or choose another name")
+    if len(model.which) < model.config.num_hidden_layers:
+        raise ValueError(f"{path}: a model of some layers cannot be saved as a whole one")
     shards, room = [], 0
     for name, tensor in published_tensors(model).items():
         if tensor.nbytes > room:

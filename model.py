@@ -398,14 +398,16 @@ class MiniMaxM1(nn.Module):
     packed         tokens (1, L) with cu_seqlens (N + 1,): N sequences, each from position 0.
 
     With a cache, tokens are the NEW ones, one or more per row, and nothing records gradients.
+    which: the layers to build, by number; None = all. A part still has embedding, norm and head.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, which=None):
         super().__init__()
+        self.which = list(range(config.num_hidden_layers) if which is None else which)
         self.config, self.compute = config, None  # dtype of the activations; None = the embedding's
         vectors = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(vectors, freeze=False)
-        self.layers = nn.ModuleList(Block(config, l) for l in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, l) for l in self.which)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.init_weights()
@@ -435,7 +437,8 @@ class MiniMaxM1(nn.Module):
         H, J, K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         state = functools.partial(zeros, H, K, K, dtype=self.wide)
         kv = functools.partial(zeros, max_len, J, K, dtype=self.dtype)
-        layers = [(kv(), kv()) if kind == 1 else state() for kind in c.attn_type_list]
+        kinds = [c.attn_type_list[l] for l in self.which]
+        layers = [(kv(), kv()) if kind == 1 else state() for kind in kinds]
         return Cache(layers, zeros(dtype=torch.int64), max_len)
 
     def decode(self, tokens, cache, reach):

@@ -678,6 +678,26 @@ def test_masks_are_made_in_blocks_and_not_at_all_for_a_first_prompt_without_padd
         model(tokens, cache=cache)
 
 
+def test_some_layers_of_a_model_can_be_loaded_and_are_those_of_the_whole(tmp_path, parity_model):
+    part = load_pretrained(HERE / "parity", layers=range(2, 4))
+    assert part.which == [2, 3] and len(part.layers) == 2
+    wanted = dict(parity_model.named_parameters())
+    for name, p in part.named_parameters():
+        own = re.sub(r"^layers\.(\d)", lambda i: f"layers.{int(i[1]) + 2}", name)
+        assert torch.equal(p, wanted[own])
+    assert part.layers[0].self_attn.place == parity_model.layers[2].self_attn.place
+    x, ids = torch.randn(1, 5, 48), torch.randint(90, (1, 5))
+    whole, at = parity_model, parity_model._layout(ids, None, None, None)
+    for mine, its in zip(part.layers, whole.layers[2:]):
+        assert torch.equal(mine(x, at)[0], its(x, at)[0])
+    cache = part.new_cache(1, 9)
+    assert [isinstance(layer, tuple) for layer in cache.layers] == [False, True]
+    assert worst(part(ids, cache=cache), part(ids)) < 1e-4
+    says("cannot be saved as a whole one", save_pretrained, part, tmp_path / "a")
+    for wrong in ([4], [0, 0], [], ["0"], [-1]):
+        says("different numbers from 0 to 3", load_pretrained, HERE / "parity", layers=wrong)
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_saving_and_loading_gives_the_same_logits_and_the_same_bytes(tmp_path, parity_model, ours):
     own = small_model(dtype=torch.float32, shared_intermediate_size=8)
