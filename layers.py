@@ -7,12 +7,13 @@ Dimension key: B batch, L tokens, H heads, K head width, R rotary width, D width
 """
 
 import contextlib
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_attn import _jit, tl, triton
+from lightning_attn import jit, tl, triton
 
 
 def widen(x):
@@ -53,6 +54,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
+
+
+@functools.cache
+def iota(n, device):
+    """0 .. n - 1, made once."""
+    return torch.arange(n, device=device)
 
 
 def rope_tables(positions, config, dtype):
@@ -126,7 +133,7 @@ def _launch_pairs(a, b, alpha, beta, swiglu):
     return out
 
 
-@_jit
+@jit
 def _norm_kernel(x, weight, gate, out, D, eps, GATED: tl.constexpr, BD: tl.constexpr):
     """One row of rms_norm."""
     row, d = tl.program_id(0).to(tl.int64) * D, tl.arange(0, BD)
@@ -138,7 +145,7 @@ def _norm_kernel(x, weight, gate, out, D, eps, GATED: tl.constexpr, BD: tl.const
     tl.store(out + row + d, y.to(out.dtype.element_ty), mask=d < D)
 
 
-@_jit
+@jit
 def _pairs_kernel(a, b, out, n, alpha, beta, SWIGLU: tl.constexpr, BLOCK: tl.constexpr):
     """swiglu or residual."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

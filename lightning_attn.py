@@ -39,9 +39,9 @@ try:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    _jit = triton.jit
+    jit = triton.jit
 except ImportError:  # no Linux: the PyTorch forms serve
-    triton, tl, _jit = None, types.SimpleNamespace(constexpr=None), lambda function: function
+    triton, tl, jit = None, types.SimpleNamespace(constexpr=None), lambda function: function
 
 # ============================================================================
 # 1. Decay rates                                   (released; ALiBi's geometric series)
@@ -247,7 +247,7 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 # 1.38 with tensors one after another and 1.64 with 2 MB between them, 65,536 tokens 1.27.
 
 
-@_jit
+@jit
 def _scan_kernel(
     a, b, c, o, o_ptr, slope, first, last, local, cu_seqlens, L, H, step_a, step_b, step_c,
     segment, n_segments, state_k, state_v, REVERSE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -342,7 +342,7 @@ def _scan_kernel(
             tl.store(last + ks * state_k + vs * state_v, S, mask=inside)
 
 
-@_jit
+@jit
 def _chunk(S, a, b, c, mask, read, write, forget, OUTPUT: tl.constexpr, PRECISION: tl.constexpr):
     """One chunk: S^T (BV, K) after it and, if OUTPUT, o^T (BV, C), from a, b (C, K) and c (C, BV).
 
@@ -361,7 +361,7 @@ def _chunk(S, a, b, c, mask, read, write, forget, OUTPUT: tl.constexpr, PRECISIO
     return S, y
 
 
-@_jit
+@jit
 def _tile(x, row, t, h, column, L, step, C: tl.constexpr, W: tl.constexpr, FLAT: tl.constexpr):
     """(C, W) tile: tokens t .. t + C - 1 of one head, by the copy engine; zeros outside of x."""
     if FLAT:
@@ -370,7 +370,7 @@ def _tile(x, row, t, h, column, L, step, C: tl.constexpr, W: tl.constexpr, FLAT:
         return x.load([row, t, h, column]).reshape(C, W)
 
 
-@_jit
+@jit
 def _forget_kernel(rate, n_tokens):
     """1 - lam^n, see _forget: a scalar, in fp64 because lam is so close to 1."""
     return (1 - tl.exp(-rate.to(tl.float64) * n_tokens)).to(tl.float32)
@@ -652,7 +652,7 @@ def lightning_step(q, k, v, slope, state, impl="auto"):
     return (q.to(acc)[..., :, None] * state).sum(-2).to(q.dtype)
 
 
-@_jit
+@jit
 def _step_kernel(
     q,
     k,

@@ -33,9 +33,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cli import check, command_line, parse, read_json, short
-from layers import Linear, RMSNorm, generation, residual, rms_norm, rope, rope_tables, widen
+from layers import Linear, RMSNorm, generation, iota, residual, rms_norm, rope, rope_tables, widen
 from lightning_attn import check_boundaries, decay_slopes, lightning_attention, lightning_step
-from moe import MoE, SharedMLP, iota
+from moe import MoE, SharedMLP
 
 # ============================================================================
 # 1. Configuration
@@ -461,8 +461,11 @@ class MiniMaxM1(nn.Module):
         """All before the head, final norm included: (B, L, D) fp32 and Aux (None with a cache)."""
         at = self._layout(tokens, mask, cache, cu_seqlens, reach)
         learns = torch.is_grad_enabled() and cache is None
-        own = torch.autocast(self.device.type, enabled=False), generation(cache is not None)
-        with torch.set_grad_enabled(learns), own[0], own[1]:
+        with (
+            torch.set_grad_enabled(learns),
+            torch.autocast(self.device.type, enabled=False),
+            generation(cache is not None),
+        ):
             x, routings = self.embed_tokens(tokens).to(self.dtype), []
             for l, layer in enumerate(self.layers):
                 x, routing = layer(x, at, cache and cache.layers[l])

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import Linear, swiglu, widen
-from lightning_attn import _jit, tl, triton
+from layers import Linear, iota, swiglu, widen
+from lightning_attn import jit, tl, triton
 
 # ============================================================================
 # 1. The layer
@@ -161,12 +161,6 @@ class SharedMLP(nn.Module):
 # ============================================================================
 
 
-@functools.cache
-def iota(n, device):
-    """0 .. n - 1, made once."""
-    return torch.arange(n, device=device)
-
-
 def plan(chosen, n_experts):
     """Choices (T, k) of experts, sorted by expert: (token, place, ends).
 
@@ -213,7 +207,7 @@ def route(x, gate, k):
     return weight, (token, place, ends)
 
 
-@_jit
+@jit
 def _logits(x, gate, logits, D, E, BE: tl.constexpr, BD: tl.constexpr):
     """One token: its product with BE rows of the gate."""
     t, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BE + tl.arange(0, BE)
@@ -227,7 +221,7 @@ def _logits(x, gate, logits, D, E, BE: tl.constexpr, BD: tl.constexpr):
     tl.store(logits + t * E + e, total, mask=e < E)
 
 
-@_jit
+@jit
 def _route(
     logits, weight, token, place, ends, T, E, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr
 ):
@@ -266,7 +260,7 @@ def sum_rows(y, place, weight):
     return out
 
 
-@_jit
+@jit
 def _sum_rows(y, place, weight, out, D, K: tl.constexpr, BD: tl.constexpr):
     """1,024 columns of one token."""
     t, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)

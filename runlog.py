@@ -94,41 +94,46 @@ def read_log(path):
         raise ValueError(f"{path} is no log of a run: {error}") from None
 
 
-def _until(path, columns, step):
-    """What log.csv or dropped.csv held after a step, as text; ValueError names a bad line.
+def _until(path, columns, step, goes_on):
+    """What a CSV file of a run held after a step, as text; ValueError names a bad line.
 
-    What comes later, half a line perhaps, is not looked at: it will be written again.
+    goes_on(row, at): whether a row, texts by column, can follow one of step `at` (-1: the first);
+    ValueError for no number. What comes later, half a line perhaps, is not looked at.
     """
     header, *lines = read_text(path).split("\n")
     if header.split(",") != columns:
         raise ValueError(f"{path} has another header than this version's; mend or remove it")
-    kept, at, every = [header], -1, columns == COLUMNS
+    kept, at = [header], -1
     for line in lines[:-1]:
-        if every and at == step:
+        if columns == COLUMNS and at == step:
             break
         try:
             row = dict(zip(columns, next(csv.reader([line])), strict=True))
-            now = float(row["step"])
-            if now > step:
+            if float(row["step"]) > step:
                 break
-            numbers = {k: float(x) for k, x in row.items() if k in DROPPED[3:] or every and x}
-            if every:  # one row a step; step 0 is evaluated
-                right = now == at + 1 and (at >= 0 or numbers.keys() >= {*MEASURED})
-            else:
-                right = now in range(max(at, 0), step + 1) and row["rose"] in ("yes", "no")
-                right = (
-                    right and numbers["count"] >= 1 and all(map(math.isfinite, numbers.values()))
-                )
-            if not right:
+            if not goes_on(row, at):
                 raise ValueError
-        except (ValueError, StopIteration, csv.Error):
+        except (ValueError, OverflowError, StopIteration, csv.Error):
             where, mend = f"line {len(kept) + 1} of {path}", "mend or remove it"
             raise ValueError(f"{where} does not go on from step {at}; {mend}") from None
-        at = int(now)
+        at = int(float(row["step"]))
         kept.append(line)
-    if every and at != step:
+    if columns == COLUMNS and at != step:
         raise ValueError(f"{path} ends at step {at}, before {step}; mend or remove it")
     return "\n".join([*kept, ""])
+
+
+def _log_goes_on(row, at):
+    """One row a step, in numbers; step 0 is evaluated."""
+    numbers = {name: float(x) for name, x in row.items() if x}
+    return numbers["step"] == at + 1 and (at >= 0 or numbers.keys() >= {*MEASURED})
+
+
+def _drops_go_on(row, at):
+    """Any number of rows a step."""
+    step, count, *rest = (float(row[name]) for name in ("step", *DROPPED[3:]))
+    fine = step == int(step) >= max(at, 0) and count >= 1 and row["rose"] in ("yes", "no")
+    return fine and all(map(math.isfinite, (count, *rest)))
 
 
 def _append(path, columns, rows):
@@ -264,8 +269,8 @@ def reopen(run, optimizer, curriculum, device, last_step):
     if step > last_step:
         need = f"give --steps {step} or more"
         raise ValueError(f"{newest} is already past --steps {last_step}; {need}")
-    files = {"log.csv": COLUMNS, "dropped.csv": DROPPED}
-    cut = {name: _until(folder / name, columns, step) for name, columns in files.items()}
+    files = {"log.csv": (COLUMNS, _log_goes_on), "dropped.csv": (DROPPED, _drops_go_on)}
+    cut = {name: _until(folder / name, x, step, goes_on) for name, (x, goes_on) in files.items()}
     read_text(folder / "samples.txt")
     for newer in checkpoint.saved_steps(folder):
         if newer.name > newest.name:

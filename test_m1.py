@@ -2495,7 +2495,15 @@ def test_resuming_refuses_other_settings_and_damaged_states(run, tmp_path, capsy
         ([*log[:4], "\0" * 99 + "\n"], "line 5 of"),
     ):
         damaged += [("log.csv", "".join(lines), message)]
-    rows = "", "1,a", "x,a,yes,1,1,1", "1,a,yes,many,1,1", "0,a,yes,1,1,1", "nan,a,yes,1,1,1"
+    rows = (
+        "",
+        "1,a",
+        "x,a,yes,1,1,1",
+        "1,a,yes,many,1,1",
+        "0,a,yes,1,1,1",
+        "nan,a,yes,1,1,1",
+        "-inf,a,yes,1,1,1",
+    )
     rows += "1,a,yes,,1,1", "1,a,yes,0,1,1", "1,a,maybe,1,1,1", "1,a,yes,1,inf,1", "1.5,a,yes,1,1,1"
     for line in (f"{row}\n" for row in rows):
         damaged += [

@@ -134,16 +134,16 @@ class Flags:
         check(self, updates_per_rollout=(1, self.prompts), min_groups=(1, self.prompts))
         check(self, lr=(1e-12, 10), eval_samples=(1, 1000))
         shape = self.preset or self.softmax_every is not None
-        harder = hardest and hardest < self.mix.moves
+        harder, slow = (
+            hardest and hardest < self.mix.moves,
+            self.mix.moves * self.eval_problems > 10**7,
+        )
         buffer, shortest = self.recipe.overlong_buffer, limits[0] if limits else self.longest()
         refused = [
             (self.init and shape, "--init brings its model: no --preset, no --softmax-every"),
             (self.init and self.cold != ColdStart(), "--init: no --sft-steps, no --fork-prior"),
             (limits and self.sampling.max_new_tokens, "--windows: leave out --max-new-tokens"),
-            (
-                self.mix.moves * self.eval_problems > 10**7,
-                "--moves times --eval-problems: 10^7 at most",
-            ),
+            (slow, "--moves times --eval-problems must be at most 10^7"),
             (harder, f"--moves {self.mix.moves} is more than --max-moves {hardest}"),
             (hardest and self.growth.filter_problems, "--filter-problems: leave out --max-moves"),
             (buffer > shortest, f"--overlong-buffer {buffer} is more than a response, {shortest}"),
@@ -502,8 +502,7 @@ def step_line(row, flags, drops=()):
 
 
 CHANGEABLE = ("steps", "checkpoint_every", "device", "resume")  # what --resume may change
-SCORED = ("eval", "eval_problems", "task", "moves", "min_moves", "max_new_tokens", "seed")
-SCORED += ("device", "dtype")
+SCORED = "eval eval_problems task moves min_moves max_new_tokens seed device dtype".split()
 
 
 def stored_flags(path):
