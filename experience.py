@@ -1,6 +1,6 @@
 """What the loop trains on: problems answered, scored, gathered in groups and made into batches.
 
-    1. Batches           Batch, make_batch, trained_logp
+    1. Batches           Batch, make_batch, trained_logp, passes
     2. Answers           respond, scored, evaluate
     3. Experience        solvable, collect
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 import cispo
 import sample
 import tasks
+from cli import model as m1
 from cli import short, torch
 
 
@@ -46,12 +47,27 @@ class Batch(NamedTuple):
     infer_logp: torch.Tensor = None  # (N, L - 1) fp32: what the sampler recorded
     advantages: torch.Tensor = None  # (N,) fp32
 
+    def part(self, rows):
+        """These rows of it."""
+        return Batch(*(x if x is None else x[rows] for x in self))
+
     def slices(self, k, group_size):
         """k Batches of whole groups, as many as there are groups at most."""
         groups = torch.arange(len(self.tokens) // group_size)
         parts = groups.tensor_split(min(k, len(groups)))
-        rows = [slice(int(g[0]) * group_size, int(g[-1] + 1) * group_size) for g in parts]
-        return [Batch(*(x if x is None else x[part] for x in self)) for part in rows]
+        return [
+            self.part(slice(int(g[0]) * group_size, int(g[-1] + 1) * group_size)) for g in parts
+        ]
+
+    def pieces(self, most):
+        """Slices of rows that hold `most` real tokens each, or one row; None: one slice of all."""
+        start, held, cuts = 0, 0, []
+        for i, n in enumerate(self.mask.sum(1).tolist() if most else ()):
+            if held + n > most and i > start:
+                cuts.append(slice(start, i))
+                start, held = i, 0
+            held += n
+        return [*cuts, slice(start, len(self.tokens))]
 
 
 def make_batch(prompts, responses, learned, device, rewards=None, infer_logp=None):
@@ -73,11 +89,47 @@ def make_batch(prompts, responses, learned, device, rewards=None, infer_logp=Non
 
 def trained_logp(model, batch, temperature=1.0):
     """Of a batch's trained tokens: log-probs and entropies (N, L - 1), 0 elsewhere; and Aux."""
-    hidden, aux = model.hidden(batch.tokens[:, :-1], mask=batch.mask[:, :-1])
+    tokens, mask = batch.tokens[:, :-1], batch.mask[:, :-1]
     here, targets = batch.trained, batch.tokens[:, 1:]  # the head sees these positions only
-    found = model.target_logp(hidden[here], targets[here], temperature, with_entropy=True)
+    if m1.has_flash(model):  # real tokens only
+        ends = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+        hidden, aux = model.hidden(tokens[mask][None], cu_seqlens=ends)
+        hidden = hidden[0, here[mask]]
+    else:
+        hidden, aux = model.hidden(tokens, mask=mask)
+        hidden = hidden[here]
+    found = model.target_logp(hidden, targets[here], temperature, with_entropy=True)
     logp, entropy = (x.new_zeros(here.shape).masked_scatter(here, x) for x in found)
     return logp, entropy.detach(), aux
+
+
+class Pass(NamedTuple):
+    """A forward pass over some rows of a batch: what trained_logp gives."""
+
+    rows: slice
+    logp: torch.Tensor
+    entropy: torch.Tensor
+    aux: m1.Aux
+
+
+def passes(model, batch, temperature=1.0, most=None):
+    """trained_logp of all rows, in passes of at most `most` real tokens (None: one pass).
+
+    Where gradients are recorded, the router losses of several add up to that of the whole batch,
+    whose expert loads a round without gradients has counted before.
+    """
+    pieces, load = batch.pieces(most), None
+    n_tokens = [int(batch.mask[rows, :-1].sum()) for rows in pieces]
+    share = [n / sum(n_tokens) for n in n_tokens]
+    if len(pieces) > 1 and torch.is_grad_enabled():
+        with torch.no_grad():
+            loads = [p.aux.expert_load for p in passes(model, batch, temperature, most)]
+        load = sum(part * own for part, own in zip(share, loads))
+    for rows, part in zip(pieces, share):
+        logp, entropy, aux = trained_logp(model, batch.part(rows), temperature)
+        if load is not None:
+            aux = aux._replace(router_loss=part * aux.loss_at(load), expert_load=load)
+        yield Pass(rows, logp, entropy, aux)
 
 
 # ============================================================================

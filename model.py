@@ -30,7 +30,9 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
+from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective
 
 from cli import check, command_line, parse, read_json, short
 from layers import Linear, RMSNorm, generation, iota, residual, rms_norm, rope, rope_tables, widen
@@ -196,7 +198,8 @@ class Layout:
     """Where the tokens of one forward pass stand; computed once, used by every layer."""
 
     mask: torch.Tensor = None  # (B, L) bool, True = real token; None = all real
-    cu_seqlens: torch.Tensor = None  # (N + 1,) boundaries when sequences are packed along L
+    cu_seqlens: torch.Tensor = None  # (N + 1,) int32 boundaries when sequences are packed along L
+    longest: int = 0  # of the packed sequences
     rope: tuple = None  # cos, sin
     seen: tuple = None  # first and last key that a query sees, (B, L) each; None = plain causal
     rows: torch.Tensor = None  # with a cache: row and slot of every real new token, (n,) each
@@ -275,6 +278,8 @@ class SoftmaxAttention(nn.Module):
             k, v = (cached[:, : at.n_slots] for cached in kv)
         if at.cu_seqlens is None:
             o = self.attend(q, k, v, at.seen)
+        elif has_flash(q):
+            o = _flash(q[0], k[0], v[0], at.cu_seqlens, at.cu_seqlens, at.longest, at.longest)[None]
         else:
             lengths = at.cu_seqlens.diff().tolist()
             sequences = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
@@ -283,13 +288,17 @@ class SoftmaxAttention(nn.Module):
 
     @staticmethod
     def attend(q, k, v, seen=None, most=2**25):
-        """softmax(q k^T / sqrt(K)) v over (B, L, heads, K) tensors.
+        """softmax(q k^T / sqrt(K)) v over (B, L, heads, K) tensors. seen: first and last key of
+        every query; None: the last query sees all keys, the one before one less, and so on.
 
         At most about `most` entries of a mask (B, 1, queries, keys) exist at a time.
         """
-        H, J = q.shape[2], k.shape[2]
-        if q.is_cuda and q.shape[1] == 1 and seen is not None:  # heads that share keys as queries
+        (B, L, H, _), (S, J) = q.shape, k.shape[1:3]
+        if q.is_cuda and L == 1 and seen is not None:  # heads that share keys as queries
             return SoftmaxAttention._attend_one(q.view(-1, J, H // J, q.shape[3]), k, v, seen)
+        if seen is None and L < S:  # a piece of a prompt
+            ends = (torch.arange(0, B * n + 1, n, device=q.device).int() for n in (L, S))
+            return _flash(*(x.flatten(0, 1) for x in (q, k, v)), *ends, L, S).view_as(q)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         attention = functools.partial(F.scaled_dot_product_attention, enable_gqa=True)
         if seen is None:
@@ -308,6 +317,19 @@ class SoftmaxAttention(nn.Module):
         visible = ((first <= key) & (key <= last))[:, None, None]
         o = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), visible)
         return o.flatten(1, 2)[:, None]
+
+
+def has_flash(x):
+    """Whether PyTorch's flash attention takes x, or a model's tensors."""
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _flash(q, k, v, *ends_and_longest):
+    """Causal attention inside packed sequences: q (T, H, K), k and v (S, J, K), boundaries of both,
+    longest of both. The last query of a sequence sees all its keys, the one before one less.
+    """
+    grouped = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # 2.13
+    return varlen_attn(q, k, v, *ends_and_longest, window_size=(-1, 0), **grouped)
 
 
 # ============================================================================
@@ -358,19 +380,19 @@ class Cache:
     max_len: int  # keys and values are (B, max_len, J, K)
 
     def select(self, rows):
-        """A new cache of these rows (a tensor of numbers); repeats turn a prompt into a group."""
+        """A new cache of these rows (a tensor of numbers)."""
         layers = [x[rows] if torch.is_tensor(x) else (x[0][rows], x[1][rows]) for x in self.layers]
         return Cache(layers, self.position[rows], self.max_len)
 
-    def load(self, other, rows, used):
-        """Become these rows of another cache, whose tokens are `used` at most."""
+    def put(self, slots, other, rows, used):
+        """Rows of another cache, of `used` tokens at most, take these slots; a row may repeat."""
         for own, x in zip(self.layers, other.layers):
             if torch.is_tensor(own):
-                own.copy_(x[rows])
+                own[slots] = x[rows]
             else:
                 for mine, theirs in zip(own, x):
-                    mine[:, :used] = theirs[rows, :used]
-        self.position.copy_(other.position[rows])
+                    mine[slots, :used] = theirs[rows, :used]
+        self.position[slots] = other.position[rows]
 
     def reset(self, rows=slice(None)):
         """Empty these rows (all by default) so that other prompts can take their place."""
@@ -389,6 +411,30 @@ class Aux(NamedTuple):
     expert_load: torch.Tensor  # (layers, E)
     expert_prob: torch.Tensor  # (layers, E)
 
+    def loss_at(self, load):
+        """The router loss where this was a part of a larger batch, of that load."""
+        return load.shape[1] * (load * self.expert_prob).sum(1).mean()
+
+
+def _computed_again(layer, **how):
+    """The layer, of which the backward pass computes again what was not kept."""
+    how |= {"use_reentrant": False, "preserve_rng_state": False}
+    return functools.partial(checkpoint, layer, **how)
+
+
+def _costly(_, op, *args, **kwargs):
+    """What "cheap" keeps: results of matrix products and of attention."""
+    costly = any(part in str(op) for part in ("mm", "matmul", "attention", "attn", "lightning"))
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_KEEP_COSTLY = functools.partial(selective, _costly)
+RECOMPUTE = {  # how a layer runs when it learns
+    "nothing": lambda layer: layer,
+    "cheap": functools.partial(_computed_again, context_fn=_KEEP_COSTLY),
+    "all": _computed_again,
+}
+
 
 class MiniMaxM1(nn.Module):
     """The language model. Two layouts of a batch and no third:
@@ -405,6 +451,7 @@ class MiniMaxM1(nn.Module):
         super().__init__()
         self.which = list(range(config.num_hidden_layers) if which is None else which)
         self.config, self.compute = config, None  # dtype of the activations; None = the embedding's
+        self.recompute = "nothing"  # of activations in a backward pass, see RECOMPUTE
         vectors = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(vectors, freeze=False)
         self.layers = nn.ModuleList(Block(config, l) for l in self.which)
@@ -467,8 +514,9 @@ class MiniMaxM1(nn.Module):
             generation(cache is not None),
         ):
             x, routings = self.embed_tokens(tokens).to(self.dtype), []
+            how = RECOMPUTE[self.recompute if learns else "nothing"]
             for l, layer in enumerate(self.layers):
-                x, routing = layer(x, at, cache and cache.layers[l])
+                x, routing = how(layer)(x, at, cache and cache.layers[l])
                 routings.append(routing)
             hidden = self.norm(widen(x))
         if cache is not None:
@@ -540,19 +588,24 @@ class MiniMaxM1(nn.Module):
             check_boundaries(cu_seqlens, tokens.shape)
             if cache is not None:
                 raise ValueError("packed sequences (cu_seqlens) and a cache exclude each other")
-            starts, lengths = cu_seqlens[:-1].to(positions), cu_seqlens.diff().to(positions)
-            positions = positions - torch.repeat_interleave(starts, lengths)
-        at = Layout(mask, cu_seqlens)
+            cu_seqlens = cu_seqlens.int()
+            starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
+            positions = positions - starts.repeat_interleave(lengths, output_size=L)
+        at = Layout(mask, cu_seqlens, int(lengths.max()) if cu_seqlens is not None else 0)
         if cache is not None:
             if len(cache.position) != B:
                 raise ValueError(f"the cache has {len(cache.position)} rows, the tokens {B}")
             at.continues = mask is not None and bool(cache.position.any())
             positions = positions + cache.position[:, None]
             n_new = L if mask is None else mask.sum(1)
-            n = max(int((cache.position + n_new).max()), 1) if reach is None else reach
+            least = n = reach
+            if reach is None:
+                after = cache.position + n_new
+                least, n = torch.stack([after.min(), after.max().clamp(min=1)]).tolist()
             if n > cache.max_len:
                 raise ValueError(f"the cache holds {cache.max_len} tokens per row, {n} are needed")
-            if mask is not None or L < n:  # not one prompt in an empty cache
+            even = mask is None and reach is None and least == n
+            if not even or (L < n and not has_flash(self)):
                 at.seen = torch.zeros_like(positions), positions
             row = torch.arange(B, device=device)[:, None].expand(B, L)
             places = (row, positions) if mask is None else (row[mask], positions[mask])

@@ -3,7 +3,7 @@
     python sample.py --model runs/tiny-cispo-001 --prompt "+314204="       one request
     python sample.py --model DIR          on a terminal: a chat, its history kept
 
-    1. Generation        Sampling, Request, Rollout; sample_tokens, draw, Graphs, generate
+    1. Generation        Sampling, Request, Rollout; sample_tokens, draw, Steps, Graphs, generate
     2. Chat              Chat
     3. Command line      Flags, stream, judged, talk, main
 
@@ -62,9 +62,12 @@ class Sampling:
     """longest response in tokens; None = longest right one + 6"""
     repetition_stop: int = 3000
     """tokens in a row of p > 0.99 that end a response; 0 = off (report sec. 3.2)"""
+    max_rows: int | None = None
+    """responses at a time, to save memory; others begin where one has ended; None = all"""
 
     def __post_init__(self):
         check(self, temperature=(0.01, 100), max_new_tokens=(1, 10**7), repetition_stop=(0, 10**7))
+        check(self, max_rows=(1, 10**7))
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,13 @@ class Request:
     think_end_id: int | None = None  # </think>
     think_budget: int | None = None  # unclosed thinking gets think_end_id after so many tokens
     repetition_stop: int = 3000  # a loop ends after so many tokens of p > 0.99 in a row; 0 = never
+    max_rows: int | None = None  # responses at a time, in whole groups; None = all
 
     def __post_init__(self):
         long = (1, 2**40)
         check(self, False, max_new_tokens=long, group_size=(1, 10**7), temperature=(0, 100))
         check(self, False, top_p=(1e-9, 1), think_budget=(0, 2**40), repetition_stop=(0, 2**40))
-        check(self, False, seed=(-(2**63), 2**64 - 1), eos_id=(-1, 2**40))
+        check(self, False, max_rows=(1, 2**40), seed=(-(2**63), 2**64 - 1), eos_id=(-1, 2**40))
         if 0 < self.temperature < 0.01:
             raise ValueError(f"need temperature 0 or >= 0.01, found {self.temperature}")
         if self.think_budget is not None and self.think_end_id is None:
@@ -169,29 +173,39 @@ def left_pad(sequences, pad_id, device):
 
 @dataclass
 class Rows:
-    """The responses that a batch holds, a row each; all tensors are changed in place."""
+    """The responses that a batch holds, a row each; all tensors (B,) are changed in place."""
 
-    number: torch.Tensor  # (B,) of the response; one more than there are: an empty row
-    stream: torch.Tensor  # (B,) its random numbers
-    thinking: torch.Tensor  # (B,) bool: no </think> so far
-    alive: torch.Tensor  # (B,) bool
-    token: torch.Tensor  # (B,) the last one
-    streak: torch.Tensor  # (B,) tokens in a row of p > 0.99
-    step: torch.Tensor  # (1,) tokens that all have
+    number: torch.Tensor  # of the response; one more than there are: an empty row
+    stream: torch.Tensor  # its random numbers
+    step: torch.Tensor  # its tokens so far
+    token: torch.Tensor  # the last one
+    streak: torch.Tensor  # tokens in a row of p > 0.99
+    thinking: torch.Tensor  # bool: no </think> so far
+    alive: torch.Tensor  # bool
+
+    @classmethod
+    def new(cls, number, streams, thinking, alive):
+        """Rows without a token yet."""
+        zeros = (torch.zeros_like(number) for _ in range(3))
+        return cls(number, streams[number], *zeros, thinking, torch.full_like(thinking, alive))
 
     def select(self, keep):
         """New Rows of these."""
-        *columns, step = vars(self).values()
-        return Rows(*(x[keep] for x in columns), step.clone())
+        return Rows(*(x[keep] for x in vars(self).values()))
+
+    def put(self, slots, other):
+        """Other Rows take the place of these."""
+        for own, x in zip(vars(self).values(), vars(other).values()):
+            own[slots] = x
 
 
 def _outputs(n, T, pad_id, device):
-    """Room for n responses of T tokens, and one that nobody reads for empty rows."""
+    """Room for n responses of T tokens, and one response and one token that nobody reads."""
     zeros = functools.partial(torch.zeros, device=device)
     return types.SimpleNamespace(
-        tokens=torch.full((n + 1, T), pad_id, device=device),
-        logp=zeros(n + 1, T),
-        mask=zeros(n + 1, T, dtype=torch.bool),
+        tokens=torch.full((n + 1, T + 1), pad_id, device=device),
+        logp=zeros(n + 1, T + 1),
+        mask=zeros(n + 1, T + 1, dtype=torch.bool),
         lengths=zeros(n + 1, dtype=torch.int64),
         cause=zeros(n + 1, dtype=torch.int64),
         broken=zeros(1, dtype=torch.bool),
@@ -224,24 +238,17 @@ def draw(logits, rows, out, ask):
     code = looped.masked_fill(token == ask.eos_id, EOS)
     out.cause[rows.number] = code.where(alive, out.cause[rows.number])
     rows.token.copy_(token)
-    rows.alive &= code == LENGTH
-    rows.step += 1
+    rows.step += alive
+    rows.alive &= (code == LENGTH) & (rows.step < ask.max_new_tokens)
 
 
 def _read_prompts(model, prompts, ask, cache):
-    """Read each prompt once: the cache and logits (N, W) of N responses, and their Rows."""
-    device, N = model.device, len(prompts) * ask.group_size
-    tokens, mask = left_pad(prompts, ask.pad_id, device)
-    cache = cache or model.new_cache(len(prompts), tokens.shape[1] + ask.max_new_tokens)
+    """Read prompts once each: a cache of P rows, their logits (P, W), and whether they think."""
+    tokens, mask = left_pad(prompts, ask.pad_id, model.device)
+    cache = cache or model.new_cache(*tokens.shape)
     logits = model(tokens, mask=mask, cache=cache, last_only=True)[:, 0]
-    group = torch.arange(N, device=device) // ask.group_size
-    if ask.group_size > 1:
-        cache, logits = cache.select(group), logits[group]
-    thinking = torch.tensor([p[-1] != ask.think_end_id for p in prompts], device=device)[group]
-    zeros, alive = torch.zeros(2, N, dtype=torch.int64, device=device), torch.ones_like(thinking)
-    step = torch.zeros(1, dtype=torch.int64, device=device)
-    number = torch.arange(N, device=device)
-    return cache, logits, Rows(number, streams(ask.seed, N, device), thinking, alive, *zeros, step)
+    thinking = [p[-1] != ask.think_end_id for p in prompts]
+    return cache, logits, torch.tensor(thinking, device=model.device)
 
 
 _copies = weakref.WeakKeyDictionary()
@@ -274,32 +281,75 @@ def takes_graphs(model, n):
     return x.is_cuda and form in ("dense", "grouped_mm")
 
 
-class Graphs:
-    """Decode steps as CUDA graphs: one launch instead of some hundred, on memory that stays.
+class Steps:
+    """The rows of a batch, what they remember, and steps of all of them, here as plain calls."""
 
-    There is one graph for each size of batch (N and its halves) and each reach (keys looked at, a
-    power of two), recorded when it is first needed and kept with the model, whose weights may
-    change where they lie. The host looks at what has ended once in LOOK steps.
+    LOOK = 1  # steps between two looks at what has ended
+
+    def __init__(self, model, ask, size, n, max_len, cache=None):
+        self.model, self.ask, self.max_len = model, ask, max_len
+        self.rows, self.cache = self._room(size, n, cache)
+        self.out = _outputs(n, ask.max_new_tokens, ask.pad_id, model.device)
+
+    def _room(self, size, n, cache=None):
+        """Empty rows and a cache for them."""
+        number = torch.full((size,), n, device=self.model.device)
+        rows = Rows.new(number, number.new_zeros(n + 1), number > n, False)
+        return rows, cache or self.model.new_cache(size, self.max_len)
+
+    def begin(self, slots, rows, cache, origin, logits):
+        """Responses take these slots, each from row `origin` of the cache that read the prompts."""
+        draw(logits[origin], rows, self.out, self.ask)
+        self.rows.put(slots, rows)
+        if cache is not self.cache:
+            self.cache.put(slots, cache, origin, cache.max_len)
+
+    def shrink(self, n_alive, used):
+        """Leave out rows that have ended once they are a quarter."""
+        if n_alive <= 0.75 * len(self.rows.alive):
+            keep = self.rows.alive.nonzero()[:, 0]
+            self.rows, self.cache = self.rows.select(keep), self.cache.select(keep)
+
+    def step(self, rows, cache, out, reach):
+        """One token of every row; rows that have ended stay in their place."""
+        cache.position.mul_(rows.alive)
+        draw(self.model.decode(rows.token, cache, reach), rows, out, self.ask)
+
+    def run(self, used):
+        """LOOK steps; the longest row has used so many tokens."""
+        self.step(self.rows, self.cache, self.out, used + 1)
+
+
+class Graphs(Steps):
+    """Steps as CUDA graphs: one launch instead of some hundred, on memory that stays.
+
+    There is one graph for each size of batch (the first and its halves) and each reach (keys looked
+    at, a power of two), recorded when it is first needed and kept with the model, whose weights may
+    change where they lie.
     """
 
     LOOK, KEPT = 16, 4
     _of = weakref.WeakKeyDictionary()  # model -> {settings: Graphs}, the last KEPT
 
-    def __init__(self, model, ask, n, max_len):
-        self.model, self.ask, self.max_len = weakref.proxy(model), ask, max_len
-        self.out = _outputs(n, ask.max_new_tokens, ask.pad_id, model.device)
-        self.batches, self.graphs, self.pool = {}, {}, None
+    def __init__(self, model, ask, size, n, max_len):
+        super().__init__(weakref.proxy(model), ask, size, n, max_len)
+        self.sizes, self.graphs, self.pool = {size: (self.rows, self.cache)}, {}, None
 
     @classmethod
-    def of(cls, model, ask, n, max_len):
-        """Those of a model for requests like this one, whatever its seed."""
+    def of(cls, model, ask, size, n, max_len):
+        """Those of a model for requests like this one, whatever its seed; without responses."""
         kept, max_len = cls._of.setdefault(model, {}), cls._up(max_len)
         weights = tuple(p.data_ptr() for p in model.parameters())
-        key = weights, dataclasses.replace(ask, seed=0), n, max_len
-        kept[key] = kept.pop(key, None) or cls(model, ask, n, max_len)
+        key = weights, dataclasses.replace(ask, seed=0), size, n, max_len
+        kept[key] = graphs = kept.pop(key, None) or cls(model, ask, size, n, max_len)
         while len(kept) > cls.KEPT:
             kept.pop(next(iter(kept)))
-        return kept[key]
+        graphs.rows, graphs.cache = graphs.sizes[size]
+        graphs.rows.alive.zero_()
+        fresh = _outputs(n, ask.max_new_tokens, ask.pad_id, model.device)
+        for name, x in vars(fresh).items():
+            getattr(graphs.out, name).copy_(x)
+        return graphs
 
     @classmethod
     def forget(cls, model):
@@ -310,115 +360,110 @@ class Graphs:
     def _up(n):
         return max(64, 1 << (n - 1).bit_length())
 
-    def run(self, cache, rows, out, used):
-        """All steps after the first, from the cache and Rows that the prompts left; fills `out`.
-
-        used: tokens of the longest row.
-        """
-        for name, x in vars(out).items():
-            getattr(self.out, name).copy_(x)
-        T, done, first = self.ask.max_new_tokens, 1, rows
-        while done < T:
-            n_alive, broken = torch.stack([rows.alive.sum(), self.out.broken[0]]).tolist()
-            if n_alive == 0 or broken:
-                break
-            if rows is first or n_alive <= len(rows.alive) // 2:
-                rows, cache = self._load(rows, cache, used)
-            n = min(self.LOOK, T - done)
-            graph = self._graph(rows, cache, min(self._up(used + n), self.max_len))
-            for _ in range(n):
-                graph.replay()
-            used, done = used + n, done + n
-        for name, x in vars(out).items():
-            x.copy_(getattr(self.out, name))
-        first.alive.fill_(False)
-
-    def _load(self, rows, cache, used):
-        """What still runs, in the memory of the smallest batch that holds it; the rest is empty."""
-        keep, size = rows.alive.nonzero()[:, 0], len(rows.alive)
-        while size // 2 >= len(keep):
+    def shrink(self, n_alive, used):
+        """Move what still runs to the smallest batch that holds it."""
+        size, n = len(self.rows.alive), len(self.out.cause) - 1
+        while size // 2 >= n_alive:
             size //= 2
-        take = keep[torch.arange(size, device=keep.device).clamp(max=len(keep) - 1)]
-        moved = rows.select(take)
-        moved.alive[len(keep) :], moved.number[len(keep) :] = False, len(self.out.cause) - 1
-        if size not in self.batches:
-            self.batches[size] = moved, self.model.new_cache(size, self.max_len)
-        own, memory = self.batches[size]
-        for name, x in vars(moved).items():
-            getattr(own, name).copy_(x)
-        memory.load(cache, take, used)
-        return own, memory
+        if size == len(self.rows.alive):
+            return
+        if size not in self.sizes:
+            self.sizes[size] = self._room(size, n)
+        rows, cache = self.sizes[size]
+        keep, slots = self.rows.alive.nonzero()[:, 0], slice(0, n_alive)
+        rows.number.fill_(n)
+        rows.alive.zero_()
+        rows.put(slots, self.rows.select(keep))
+        cache.put(slots, self.cache, keep, used)
+        self.rows, self.cache = rows, cache
+
+    def run(self, used):
+        """LOOK steps of all rows."""
+        reach = min(self._up(used + self.LOOK), self.max_len)
+        graph = self._graph(self.rows, self.cache, reach)
+        for _ in range(self.LOOK):
+            graph.replay()
 
     def _graph(self, rows, cache, reach):
         """What replays one step of a batch; on a CPU, where tests run it, a plain call."""
-
-        def step(rows, cache, out):
-            draw(self.model.decode(rows.token, cache, reach), rows, out, self.ask)
-
         key = len(rows.alive), reach
         if key not in self.graphs and not rows.alive.is_cuda:
-            plain = functools.partial(step, rows, cache, self.out)
+            plain = functools.partial(self.step, rows, cache, self.out, reach)
             self.graphs[key] = types.SimpleNamespace(replay=plain)
         elif key not in self.graphs:
             every, side = torch.arange(key[0], device=rows.alive.device), torch.cuda.Stream()
             copies = {name: x.clone() for name, x in vars(self.out).items()}
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # kernels are compiled and chosen outside of a graph
-                step(rows.select(every), cache.select(every), types.SimpleNamespace(**copies))
+                out = types.SimpleNamespace(**copies)
+                self.step(rows.select(every), cache.select(every), out, reach)
             torch.cuda.current_stream().wait_stream(side)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             self.graphs[key] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graphs[key], pool=self.pool):
-                step(rows, cache, self.out)
+                self.step(rows, cache, self.out, reach)
         return self.graphs[key]
 
 
 def generate(model, prompts, *, on_tokens=None, cache=None, **request):
     """Responses to prompts (lists of token ids), as a Rollout. request: the fields of Request.
 
-    Prompts are padded on the left and read once; a group starts from copies of its prompt's cache.
+    Prompts are padded on the left and read once each, when the first of their group begins. At most
+    max_rows responses run at a time: once a quarter of the rows has ended, those that wait begin
+    there; when none waits, rows that have ended leave the batch.
     Every response draws from a stream of its own, made of seed and its number: in fp32 its tokens
     do not depend on those beside it (but for rounding, where two are as likely); in bf16 products
-    round differently with the size of a batch. Rows that have ended leave the batch once they are a
-    quarter of it. on_tokens(responses, tokens) is called after each step with the numbers and new
-    tokens of those that still run. cache: that of one conversation so far. The one prompt is what
-    comes next, and the cache then holds it and the response but for the response's last token,
-    which no step has read. On a GPU steps are replayed from CUDA graphs (see Graphs), unless
-    on_tokens or cache is given.
+    round differently with the size of a batch. on_tokens(responses, tokens) is called after each
+    step with the numbers and tokens of those that drew one. cache: that of one conversation so far.
+    The one prompt is what comes next, and the cache then holds it and the response but for the
+    response's last token, which no step has read. On a GPU steps are replayed from CUDA graphs (see
+    Graphs), unless on_tokens or cache is given.
     """
     ask, start, model = Request(**request), time.perf_counter(), rollout_weights(model)
     ask.check(model, prompts, cache)
-    N, T, used = len(prompts) * ask.group_size, ask.max_new_tokens, max(map(len, prompts))
-    used += 0 if cache is None else int(cache.position)
-    graphed = cache is None and on_tokens is None and takes_graphs(model, N)
-    cache, logits, rows = _read_prompts(model, prompts, ask, cache)
-    out = _outputs(N, T, ask.pad_id, model.device)
-    draw(logits, rows, out, ask)
-    done = 1
-    if graphed:
-        Graphs.of(model, ask, N, cache.max_len).run(cache, rows, out, used)
+    G, device, talk = ask.group_size, model.device, cache is not None
+    n, size = len(prompts) * G, G * min(len(prompts), max((ask.max_rows or 2**40) // G, 1))
+    shape, max_len = (model, ask, size, n), max(map(len, prompts)) + ask.max_new_tokens
+    if talk or on_tokens or not takes_graphs(model, size):
+        steps = Steps(*shape, max_len, cache)
+    else:
+        steps = Graphs.of(*shape, max_len)
+    random_numbers, begun = streams(ask.seed, n, device), 0
     while True:
-        if on_tokens:
-            fresh = rows.number[out.lengths[rows.number] == done]
-            on_tokens(fresh, out.tokens[fresh, done - 1])
-        n_alive, broken = torch.stack([rows.alive.sum(), out.broken[0]]).tolist()
+        rows = steps.rows
+        state = torch.stack([rows.alive.sum(), steps.out.broken[0], steps.cache.position.max()])
+        n_alive, broken, used = state.tolist()
         if broken:
             raise ValueError(
                 "the model's logits are not finite: its weights are damaged or diverged"
             )
-        if n_alive == 0 or done == T:
+        free = len(rows.alive) - n_alive
+        if begun < n and free >= max(G, len(rows.alive) // 4):
+            last = min(begun + free // G * G, n)
+            own, logits, thinking = _read_prompts(
+                model, prompts[begun // G : last // G], ask, cache
+            )
+            number, slots = torch.arange(begun, last, device=device), (~rows.alive).nonzero()[:, 0]
+            origin = (number - begun) // G
+            fresh = Rows.new(number, random_numbers, thinking[origin], True)
+            steps.begin(slots[: len(number)], fresh, own, origin, logits)
+            begun, drew = last, number
+        elif n_alive == 0:
             break
-        if n_alive <= 0.75 * len(rows.alive):
-            keep = rows.alive.nonzero()[:, 0]
-            rows, cache = rows.select(keep), cache.select(keep)
-            used = int(cache.position.max())
-        used, done = used + 1, done + 1
-        draw(model.decode(rows.token, cache, used), rows, out, ask)
+        else:
+            if begun == n:
+                steps.shrink(n_alive, used)
+            drew = steps.rows.number[steps.rows.alive]
+            steps.run(used)
+        if on_tokens:
+            on_tokens(drew, steps.out.tokens[drew, steps.out.lengths[drew] - 1])
 
+    out = steps.out
     out.cause[(out.cause == EOS) & (out.mask.sum(1) < out.lengths)] = BUDGET
-    ended, done = [ENDED[c] for c in out.cause[:N].tolist()], int(out.lengths[:N].max())
-    tokens, logp, mask = (x[:N, :done] for x in (out.tokens, out.logp, out.mask))
-    return Rollout(tokens, logp, mask, out.lengths[:N], ended, time.perf_counter() - start)
+    ended, done = [ENDED[c] for c in out.cause[:n].tolist()], int(out.lengths[:n].max())
+    tokens, logp, mask = (x[:n, :done].clone() for x in (out.tokens, out.logp, out.mask))
+    lengths = out.lengths[:n].clone()
+    return Rollout(tokens, logp, mask, lengths, ended, time.perf_counter() - start)
 
 
 # ============================================================================

@@ -1030,6 +1030,27 @@ def test_a_response_does_not_depend_on_those_beside_it_nor_on_graphs(rollout, mo
     assert torch.equal(alone.tokens, plain.tokens[:2, :n]) and alone.ended == plain.ended[:2]
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("max_rows, size", [(9, 8), (3, 4), (100, 28)])
+def test_responses_wait_for_rows_that_end_and_each_prompt_is_read_once(
+    max_rows, size, graphs, rollout, monkeypatch
+):
+    (model, prompts, kw, _), read, sizes = rollout, [], []
+    prompts = [*prompts, [5] * 9, [6], prompts[0], [7, 8]]
+    kw |= dict(think_end_id=262, think_budget=7)
+    right = sample.generate(model, prompts, **kw)
+    reader, drawer = sample._read_prompts, sample.draw
+    monkeypatch.setattr(sample, "takes_graphs", lambda *_: graphs)
+    monkeypatch.setattr(sample, "_read_prompts", lambda *x: read.extend(x[1]) or reader(*x))
+    monkeypatch.setattr(sample, "draw", lambda x, *y: sizes.append(len(x)) or drawer(x, *y))
+    for _ in range(2):
+        found = sample.generate(model, prompts, max_rows=max_rows, **kw)
+        assert read == prompts and max(sizes) == size
+        assert all(torch.equal(*x) for x in zip(right[:1] + right[2:4], found[:1] + found[2:4]))
+        assert worst(right.logp, found.logp) < 1e-5 and right.ended == found.ended
+        read.clear()
+
+
 @NEEDS_GPU
 def test_graphs_on_a_gpu_give_the_responses_of_plain_steps(monkeypatch):
     model = tiny_model().cuda()
@@ -1108,6 +1129,26 @@ def test_slices_are_whole_groups_with_every_row_once_and_no_more_than_there_are_
         slices = batch.slices(k, 3)
         assert [len(part.tokens) for part in slices] == sizes
         assert all(torch.equal(torch.cat(x), whole) for x, whole in zip(zip(*slices), batch))
+
+
+@pytest.mark.parametrize("recompute", ["nothing", "cheap", "all"])
+@pytest.mark.parametrize("most, sizes", [(None, [12]), (70, [5, 3, 4]), (1, [1] * 12)])
+def test_an_update_in_several_passes_has_the_gradients_of_one(most, sizes, recompute, rollout):
+    model, (_, prompts, _, found) = small_model(vocab_size=272), rollout
+    batch = batch_of(prompts, found, [0.0, 1.0] * 6)
+    weights, recipe = cispo.token_weights(batch.trained), cispo.Recipe()
+    advantages, gradients, calls = cispo.group_advantages(batch.rewards, 4), [], []
+    model.layers[1].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    for model.recompute, limit in (("nothing", None), (recompute, most)):
+        for rows, logp, _, aux in experience.passes(model, batch, 0.7, limit):
+            part = advantages[rows], weights[rows]
+            loss, *_ = cispo.policy_loss(logp, logp.detach() - 0.1, *part, recipe)
+            (loss + aux.router_loss).backward()
+        gradients.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    assert all(worst(*pair) < 1e-12 for pair in zip(*gradients))
+    assert [len(batch.tokens[rows]) for rows in batch.pieces(most)] == sizes
+    assert calls.count(True) == 1 + len(sizes) * (1 if recompute == "nothing" else 2)
 
 
 def answer(patch, rewards, **changes):
@@ -2449,7 +2490,7 @@ def test_a_number_that_is_not_finite_stops_the_run_by_name_with_the_last_good_ch
         first, *rest = real(*args)
         return first * torch.nan, *rest
 
-    spot = (train_rl, "trained_logp") if name == "logp" else (cispo, "policy_loss")
+    spot = (experience, "trained_logp") if name == "logp" else (cispo, "policy_loss")
     monkeypatch.setattr(*spot, broken)
     folder = tmp_path / "a"
     where = f"last good checkpoint: {folder}/step-000000"
@@ -2630,7 +2671,7 @@ def test_every_public_function_has_a_docstring_and_every_flag_has_help(capsys, m
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{file.name}: {node.name}"
     monkeypatch.setenv("COLUMNS", "90")
-    for script, most in ((train_rl, 37), (sample, 15), (m1, 4)):
+    for script, most in ((train_rl, 40), (sample, 15), (m1, 4)):
         with pytest.raises(SystemExit, match="0"):
             script.main(["--help"])
         groups = re.split(r"\w+ options", capsys.readouterr().out)

@@ -43,6 +43,7 @@ from experience import (
     collect,
     evaluate,
     make_batch,
+    passes,
     respond,
     response_texts,
     solvable,
@@ -88,7 +89,8 @@ class Flags:
     init: str | None = None
     """start RL from this run or model directory, with its tasks and moves, without a cold start"""
     resume: str | None = None
-    """go on with this run folder; --steps, --device and --checkpoint-every may change"""
+    """go on with this run folder; --steps, --device, --checkpoint-every and what saves memory may
+    change"""
     eval: str | None = None
     """score this run or model directory and stop"""
     seed: int = 0
@@ -109,6 +111,10 @@ class Flags:
     """updates per batch of rollouts; the report's: 16"""
     lr: float | None = None
     """learning rate of RL; None = 2e-4 * 64 / model width"""
+    micro_tokens: int | None = None
+    """tokens per forward and backward pass, gradients of several are added; None = all at once"""
+    recompute: Literal["nothing", "cheap", "all"] = "nothing"
+    """of activations, when going backward, to save memory; cheap: all but products, attention"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     eval_every: int = 5
@@ -132,7 +138,7 @@ class Flags:
         check(self, group_size=(2, max(2, 10**6 // self.prompts)), max_grad_norm=(1e-9, 10**9))
         check(self, eval_every=many, eval_problems=(1, 10**5), checkpoint_every=many)
         check(self, updates_per_rollout=(1, self.prompts), min_groups=(1, self.prompts))
-        check(self, lr=(1e-12, 10), eval_samples=(1, 1000))
+        check(self, micro_tokens=(1, 10**9), lr=(1e-12, 10), eval_samples=(1, 1000))
         shape = self.preset or self.softmax_every is not None
         harder, slow = (
             hardest and hardest < self.mix.moves,
@@ -272,6 +278,7 @@ def train(flags):
     """A whole run: cold start, then RL. Returns the summary."""
     run, model, tokenizer, optimizer, curriculum = begin(flags)
     G, recipe, temperature = flags.group_size, flags.recipe, flags.sampling.temperature
+    weighting, most = recipe.part("token_weights"), flags.micro_tokens
     top_lr = flags.lr or 2e-4 * 64 / model.config.hidden_size
     with run:
         if run.step < 0:
@@ -291,20 +298,22 @@ def train(flags):
                 advantages = cispo.group_advantages(batch.rewards, G)
                 batch = batch._replace(advantages=advantages)
                 slices = batch.slices(flags.updates_per_rollout, G)
+                forward = functools.partial(passes, model, temperature=temperature, most=most)
                 with torch.no_grad():  # not the sampler's: made alike, the first ratio is exactly 1
-                    old = [trained_logp(model, part, temperature) for part in slices]
-                for part, (old_logp, _, _) in zip(slices, old):
-                    logp, _, aux = trained_logp(model, part, temperature)
-                    weights = cispo.token_weights(part.trained, recipe.part("token_weights"), G)
-                    loss, log_ratio, dropped = cispo.policy_loss(
-                        logp, old_logp, part.advantages, weights, recipe
-                    )
-                    (loss + model.config.router_aux_loss_coef * aux.router_loss).backward()
+                    old = [list(forward(part)) for part in slices]
+                for part, before in zip(slices, old):
+                    weights, parts = cispo.token_weights(part.trained, weighting, G), []
+                    for (rows, logp, _, aux), (_, old_logp, *_) in zip(forward(part), before):
+                        loss, log_ratio, dropped = cispo.policy_loss(
+                            logp, old_logp, part.advantages[rows], weights[rows], recipe
+                        )
+                        (loss + model.config.router_aux_loss_coef * aux.router_loss).backward()
+                        parts.append((loss.detach(), log_ratio, dropped, aux))
                     norm = clip(model, flags.max_grad_norm)
                     optimizer.param_groups[0]["lr"] = row["lr"]
                     optimizer.step()
                     optimizer.zero_grad()
-                    watched.append((loss.detach(), norm, log_ratio, dropped, aux))
+                    watched.append((norm, parts))
                 learnt, drops = measure(slices, old, watched, recipe, longest)
                 row |= learnt | {"update_s": time.perf_counter() - started}
             if step % flags.eval_every == 0 or step == flags.steps:
@@ -326,12 +335,13 @@ CAPACITY = 1.25  # times an even load: what is logged as beyond an expert's
 def measure(slices, old, watched, recipe, longest):
     """What is only watched of a step's updates: (columns of log.csv, what PPO's clip drops).
 
-    slices: Batches; old: trained_logp of each; watched: (loss, gradient norm, log-ratio, dropped,
-    Aux) of each update. What is dropped: (token id, old probability, ratio).
+    slices: Batches; old: the passes of each; watched: of each update (gradient norm, [(loss,
+    log-ratio, dropped, Aux) of each pass]). What is dropped: (token id, old probability, ratio).
     """
     trained, A = (torch.cat([getattr(p, x) for p in slices]) for x in ("trained", "advantages"))
     infer_logp = torch.cat([part.infer_logp for part in slices])[trained]
-    old_logp, entropy = (torch.cat([x[i] for x in old])[trained] for i in (0, 1))
+    before = [p for part in old for p in part]
+    old_logp, entropy = (torch.cat([p[i] for p in before])[trained] for i in (1, 2))
     gap = (old_logp - infer_logp).abs()
     row = {
         "entropy": float(entropy.mean()),
@@ -347,10 +357,14 @@ def measure(slices, old, watched, recipe, longest):
             row[f"negative_{half}"] = float(size[A < 0].sum()) / total
 
     logs, drops = [], []
-    for part, (logp, _, _), (loss, norm, log_ratio, dropped, aux) in zip(slices, old, watched):
+    for part, before, (norm, parts) in zip(slices, old, watched):
+        losses, log_ratio, dropped, auxs = zip(*parts)
+        logp, log_ratio, dropped = map(torch.cat, ([p.logp for p in before], log_ratio, dropped))
+        aux = auxs[-1]
         load = aux.expert_load / aux.expert_load.sum(1, keepdim=True).round()  # (layers, E)
         beyond = (load - CAPACITY / load.shape[1]).clamp(min=0).sum(1).mean()
-        own = {"loss": float(loss), "grad_norm": norm, "router_loss": aux.router_loss.item()}
+        router_loss = float(sum(aux.router_loss.detach() for aux in auxs))
+        own = {"loss": float(sum(losses)), "grad_norm": norm, "router_loss": router_loss}
         own |= {"busiest_expert": float(load.max()), "over_capacity": float(beyond)}
         logs.append(own | cispo.statistics(log_ratio, dropped, part.trained, recipe))
         lost = (part.tokens[:, 1:], logp.exp(), log_ratio.exp())
@@ -390,6 +404,7 @@ def load_model(flags, stored, device):
         model = new_model(flags).to(device)
     if flags.dtype == "bf16" or (flags.dtype == "auto" and device == "cuda"):
         model.compute = torch.bfloat16
+    model.recompute = flags.recompute
     return model
 
 
@@ -486,8 +501,8 @@ def step_line(row, flags, drops=()):
         line += "  correct {correct:.3f}  fork {fork_rate:.3f}  length {length:5.2f}"
         line += "  groups {groups:2d}"
     if "loss" in row:
-        line += "  ratio {ratio_min:.2f}-{ratio_max:5.2f}  ppo drops {ppo_would_drop_frac:5.1%}"
-        line += " {often:<14}"
+        line += "  corr {prob_corr:.4f}  ratio {ratio_min:.2f}-{ratio_max:5.2f}"
+        line += "  ppo drops {ppo_would_drop_frac:5.1%} {often:<14}"
     elif row["step"]:
         line += f"  fewer than {flags.min_groups} groups: no update"
     if "accuracy" in row:
@@ -501,7 +516,7 @@ def step_line(row, flags, drops=()):
     return line.format(**row, often=often)
 
 
-CHANGEABLE = ("steps", "checkpoint_every", "device", "resume")  # what --resume may change
+CHANGEABLE = "steps checkpoint_every device micro_tokens recompute resume".split()  # by --resume
 SCORED = "eval eval_problems task moves min_moves max_new_tokens seed device dtype".split()
 
 
