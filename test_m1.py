@@ -44,6 +44,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when lightning_attn defines its kernels
 
 import bench
+import bench_gpu
 import cispo
 import cli
 import experience
@@ -2053,6 +2054,15 @@ def test_committed_benchmarks_are_still_readable(name, tmp_path, capsys):
     assert printed(capsys, bench.main, name, "--redraw", "--out", str(tmp_path)).count("\n") > 3
 
 
+@pytest.mark.parametrize("name", bench_gpu.BENCHES)
+def test_a_benchmark_of_a_gpu_says_in_one_line_that_there_is_none(
+    name, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = [name, "--quick", "--out", str(tmp_path)]
+    refuses(capsys, bench.main, asked, "measures a GPU and there is none here")
+
+
 def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
     def committed(name):
         return common.read_csv(HERE / f"figures/{name}.csv")
@@ -2071,9 +2081,11 @@ def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
         said += [", ".join(f"{row['ms']:.2f}" for row in rows) + " ms"]
         said += [", ".join(f"{row['x']:.2f}" for row in rows) + " times"]
     for row in (row for row in committed("kernel") if row["part"] == "shapes"):
-        cells = [f"{row[f'triton_{x}_us']:.0f} (x {row[f'triton_{x}_x']:.2f})" for x in bench.JOBS]
+        cells = [
+            f"{row[f'triton_{x}_us']:.0f} (x {row[f'triton_{x}_x']:.2f})" for x in bench_gpu.JOBS
+        ]
         for name in ("fla", "flash", "cudnn"):
-            two = [row.get(f"{name}_{job}_us") for job in bench.JOBS]
+            two = [row.get(f"{name}_{job}_us") for job in bench_gpu.JOBS]
             cells.append(", ".join(f"{x:.0f}" for x in two) if all(two) else "not measured")
         said.append(f"| {row['shape']} | {' | '.join(cells)} |")
     speed = " ".join((HERE / "studies/SPEED.md").read_text().split())
