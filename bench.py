@@ -8,7 +8,8 @@
     python bench.py kernel       lightning attention on a GPU: memory floor, fla, SDPA
     python bench.py decode-step  one token of many sequences on a GPU
     python bench.py rollout      generation of the 0.65 B model on a GPU, many prompts at a time
-    python bench.py model        four full-width M1 layers on a GPU (50 GB): a step, a long prompt
+    python bench.py model        four full-width M1 layers on a GPU (50 GB): a step, a long prompt;
+                                 training 0.98 B active parameters
 
 length, forms and cpu take a minute each, on an idle machine. Those of a GPU are in bench_gpu.py,
 runs of train_rl.py in studies/.

@@ -9,6 +9,7 @@ arithmetic, at that of a large product; both are measured first.
 """
 
 import contextlib
+import gc
 import math
 from functools import partial
 from itertools import product
@@ -22,6 +23,7 @@ from studies.common import by, draw_curve, picture, print_table, quartiles, reco
 
 attn = Late("lightning_attn")
 fla = Late("fla.ops.simple_gla")  # to compare with
+DEVICE = "cuda"  # a test of what is around the measuring puts "cpu" here
 WALL = partial(timeit, setup="gc.enable()", number=1)
 
 # ============================================================================
@@ -74,7 +76,7 @@ def this_gpu():
     """Bytes per second, read plus written, of a large copy on the GPU; and what rows say of it."""
     if not torch.cuda.is_available():
         raise ValueError("this benchmark measures a GPU and there is none here")
-    x, y = torch.randn(2, 2**29, device="cuda")
+    x, y = torch.randn(2, 2**29, device=DEVICE)
     bandwidth = 2 * x.nbytes / median(event_seconds(lambda: y.copy_(x)) for _ in range(10))
     row = {"gpu": torch.cuda.get_device_name(), "triton": attn.triton.__version__, "fla": None}
     with contextlib.suppress(ImportError):  # flash-linear-attention
@@ -146,8 +148,8 @@ def time_block_sizes(quick):
     usual = [(64, 64, 4, n) for n in (2, 3, 4, 5)]
     usual += [(64, 32, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 2)]
     for shape in SHAPES[3:4] if quick else (SHAPES[0], SHAPES[2], SHAPES[3]):
-        qkvo = torch.randn(4, *shape, device="cuda", dtype=torch.bfloat16)
-        slope, floor = attn.decay_slopes(shape[2], 0, 80, "cuda"), qkvo.nbytes / bandwidth
+        qkvo = torch.randn(4, *shape, device=DEVICE, dtype=torch.bfloat16)
+        slope, floor = attn.decay_slopes(shape[2], 0, 80, DEVICE), qkvo.nbytes / bandwidth
         for flat, (C, BV, warps, stages) in product((True, False), usual):
             choice = {"C": C, "BV": BV, "warps": warps, "stages": stages, "flat": flat}
             with contextlib.suppress(attn.triton.runtime.errors.OutOfResources):
@@ -181,8 +183,8 @@ def time_kernels(quick):
 def rivals(shape, job):
     """{name: functions of nothing}, one for each set of inputs; all sets exceed the cache."""
     L, H = shape[1:3]
-    slope, n_sets = attn.decay_slopes(H, 0, 80, "cuda"), 2**28 // (8 * math.prod(shape))
-    sets = torch.randn(max(1, min(4, n_sets)), 4, *shape, device="cuda", dtype=torch.bfloat16)
+    slope, n_sets = attn.decay_slopes(H, 0, 80, DEVICE), 2**28 // (8 * math.prod(shape))
+    sets = torch.randn(max(1, min(4, n_sets)), 4, *shape, device=DEVICE, dtype=torch.bfloat16)
 
     def sdpa(q, k, v, backend):
         qkv = (x.transpose(1, 2) for x in (q, k, v))
@@ -211,8 +213,8 @@ def rivals(shape, job):
 def errors(shape):
     """Worst relative error against fp64 of the first (fastest), middle and last (slowest) head."""
     L, H, D = shape[1:]
-    slope, heads = attn.decay_slopes(H, 0, 80, "cuda"), [0, H // 2, H - 1]
-    *qkv, do = torch.randn(4, 1, L, H, D, device="cuda", dtype=torch.bfloat16)
+    slope, heads = attn.decay_slopes(H, 0, 80, DEVICE), [0, H // 2, H - 1]
+    *qkv, do = torch.randn(4, 1, L, H, D, device=DEVICE, dtype=torch.bfloat16)
     qkv, worst = [x.requires_grad_() for x in qkv], {}
     o, last = attn.lightning_attention(*qkv, slope, impl="triton")
     found = (o, last, *torch.autograd.grad(o, qkv, do))
@@ -242,10 +244,10 @@ def decode_step(flags):
 def time_steps(quick):
     """Rows of decode-step.csv."""
     (bandwidth, machine), H, D, rows = this_gpu(), 64, 128, []
-    slope = attn.decay_slopes(H, 0, 80, "cuda")
+    slope = attn.decay_slopes(H, 0, 80, DEVICE)
     for B in (1, 4) if quick else (1, 4, 16, 64, 256):
-        qkv = torch.randn(3, B, H, D, device="cuda", dtype=torch.bfloat16)
-        states = torch.zeros(max(1, 64 // B), B, H, D, D, device="cuda")  # exceed the cache
+        qkv = torch.randn(3, B, H, D, device=DEVICE, dtype=torch.bfloat16)
+        states = torch.zeros(max(1, 64 // B), B, H, D, D, device=DEVICE)  # exceed the cache
         step = partial(attn.lightning_step, *qkv, slope)
         runs = {x: [partial(step, state=s, impl=x) for s in states] for x in ("triton", "torch")}
         with contextlib.suppress(ImportError):
@@ -265,15 +267,36 @@ def time_steps(quick):
 # 3. The model
 # ============================================================================
 
+M1_LAYERS = {"num_hidden_layers": 4, "attn_type_list": [0, 0, 0, 1]}  # 25 B parameters
+TRAINED = {"vocab_size": 32_000, "hidden_size": 2048, "num_hidden_layers": 16}  # 0.98 B active
+TRAINED |= {"num_attention_heads": 16, "num_key_value_heads": 2}
+TRAINED |= {"intermediate_size": 3072, "num_local_experts": 16}
+QUICK = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4}
+QUICK |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+KEEP = ("nothing", "cheap", "all")  # what the backward pass computes again
 
-def on_gpu(config):
-    """A random model in bf16, router gates fp32."""
-    torch.set_default_dtype(torch.bfloat16)
+
+def on_gpu(build, config, dtype):
+    """build(config) with random weights of that dtype. Models before it must have been let go."""
+    free()
+    torch.set_default_dtype(dtype)
     try:
-        with torch.device("cuda"):
-            model = m1.MiniMaxM1(config).requires_grad_(False)
+        with torch.device(DEVICE):
+            return build(config)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def free():
+    """Memory that nobody holds goes back to the GPU; its peak counts from here."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def our_model(config):
+    """A random model in bf16, router gates fp32."""
+    model = on_gpu(m1.MiniMaxM1, config, torch.bfloat16).requires_grad_(False)
     for layer in model.layers:
         layer.block_sparse_moe.gate.float()
     return model
@@ -292,6 +315,13 @@ def step_bytes(model, batch, n_tokens):
     return 2 * weights + batch * (states + n_tokens * kv)
 
 
+def pass_flops(config, n_sequences, n_tokens, head):
+    """FLOPs of a forward pass at least: 2 per active weight and token, and causal softmax."""
+    active = m1.count_parameters(config)["active_with_head" if head else "active"]
+    pairs = 2 * n_tokens**2 * config.num_attention_heads * config.head_dim
+    return n_sequences * (2 * active * n_tokens + pairs * sum(config.attn_type_list))
+
+
 def rollout(flags):
     """Tokens/s of generation at `base`, bf16, 64-token prompts, 128 new tokens: rollout.csv."""
     rows = measured(flags, "rollout", time_rollouts)
@@ -302,9 +332,10 @@ def rollout(flags):
 
 def time_rollouts(quick):
     """Rows of rollout.csv; the whole of generate is timed, prompts included."""
-    (bandwidth, machine), rows, prompt, new = this_gpu(), [], 64, 128
-    model = on_gpu(m1.M1Config.preset("base", vocab_size=512))
-    for batch in (1, 64) if quick else (1, 64, 256, 1024):
+    (bandwidth, machine), rows, prompt, new = this_gpu(), [], 64, 8 if quick else 128
+    config = m1.M1Config.preset("tiny" if quick else "base", vocab_size=512)
+    model = our_model(config)
+    for batch in (1, 4) if quick else (1, 64, 256, 1024):
         prompts = torch.randint(0, 512, (batch, prompt)).tolist()
         how = {"max_new_tokens": new, "eos_id": -1, "repetition_stop": 0}
         runs = [partial(sample.generate, model, prompts, seed=seed, **how) for seed in range(4)]
@@ -318,54 +349,102 @@ def time_rollouts(quick):
     return rows
 
 
-def model_slice(flags):
-    """A decode step and the prefill of four M1 layers of full width: model.csv."""
-    rows = measured(flags, "model", time_model)
-    columns = {
-        "job": "{job}",
-        "size": "{size:,.0f}",
-        "ms": "{ms:.2f}",
-        "floor, ms": "{floor_ms:.2f}",
-    }
-    print_table(rows, columns | {"x floor": "{x:.2f}"})
+def model_parts(flags):
+    """A decode step and the prefill of four M1 layers of full width, a training step of a model
+    with 0.98 B active parameters: model.csv.
+    """
+    rows, layers = by(measured(flags, "model", time_model), "job"), []
+    columns = {"size": "{size:,.0f}", "ms": "{ms:.2f}", "floor, ms": "{floor_ms:.2f}"}
+    columns |= {"x floor": "{x:.2f}"}
+    training = rows.pop("training", [])
+    for part in rows.values():
+        layers += part
+    print_table(layers, {"job": "{job}"} | columns)
+    if training:
+        columns = {"training, computed again": "{recompute}"} | columns
+        columns |= {"tokens/s": "{tokens_per_s:,.0f}", "peak memory, GB": "{peak_gb:.1f}"}
+        print_table(training, columns)
 
 
 def time_model(quick):
-    """Rows of model.csv. Floors: the bytes of a step; 2 FLOPs per active weight and token and those
-    of causal softmax, at the rate of a large product.
+    """Rows of model.csv. Floors: the bytes of a decode step; the arithmetic of the others, at the
+    rate of a large product.
     """
-    (bandwidth, machine), rows, n = this_gpu(), [], 1024
-    small = {"hidden_size": 512, "intermediate_size": 512} if quick else {}
-    config = m1.M1Config(num_hidden_layers=4, attn_type_list=[0, 0, 0, 1], **small)
-    model, a = on_gpu(config), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    flops = 2 * 8192**3 / median(event_seconds(lambda: a @ a) for _ in range(10))
-    cases = [("decode", batch) for batch in (1, 16, 64)]
-    cases += [("prefill", length) for length in ((2048,) if quick else (2048, 8192, 32768))]
-    for job, size in cases:
-        cache = model.new_cache(*((size, n + 64) if job == "decode" else (1, size)))
-        tokens = torch.randint(0, 1000, (size,), device="cuda")
-        if job == "decode":
+    (bandwidth, machine), n = this_gpu(), 512 if quick else 8192
+    a = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16)
+    rate = 2 * n**3 / median(event_seconds(lambda: a @ a) for _ in range(10))
+    rows = [*time_layers(quick, bandwidth, rate), *time_training(quick, rate)]
+    return [row | {"product_tflops": f"{rate / 1e12:.3g}"} | machine for row in rows]
 
-            def step(cache=cache, tokens=tokens):
-                cache.position.fill_(n)
-                model.decode(tokens, cache, n + 64)
 
-            seconds = gpu_race({job: [step]}, 10)[job]
-            floor = step_bytes(model, size, n) / bandwidth
-        else:
-            active = 2 * m1.count_parameters(config)["active"] * size
-            softmax = 2 * size**2 * config.num_attention_heads * config.head_dim  # one layer
-            floor, seconds = (active + softmax) / flops, []
-            for _ in range(5):
-                cache.reset()
-                with torch.no_grad():
-                    run = partial(model, tokens[None], cache=cache, last_only=True)
-                    seconds.append(event_seconds(run))
-        row = {"job": job, "size": size} | quartiles("ms", [s * 1e3 for s in seconds[-4:]])
-        row |= {"floor_ms": f"{floor * 1e3:.4g}", "x": f"{median(seconds[-4:]) / floor:.3f}"}
-        rows.append(row | {"product_tflops": f"{flops / 1e12:.0f}"} | machine)
+def timed(job, size, seconds, floor):
+    """A row of model.csv."""
+    row = {"job": job, "size": size} | quartiles("ms", [s * 1e3 for s in seconds])
+    return row | {"floor_ms": f"{floor * 1e3:.4g}", "x": f"{median(seconds) / floor:.3f}"}
+
+
+def time_layers(quick, bandwidth, rate):
+    """Rows of four M1 layers: a decode step after n tokens, for a batch; the prefill of a prompt
+    into a cache, its last logits included.
+    """
+    n, batches, lengths = (
+        (64, (1, 4), (256,)) if quick else (1024, (1, 16, 64), (2048, 8192, 2**15))
+    )
+    config = m1.M1Config(**M1_LAYERS | (QUICK if quick else {}))
+    model, rows = our_model(config), []
+    for batch in batches:
+        cache = model.new_cache(batch, n + 64)
+        tokens = torch.randint(0, config.vocab_size, (batch,), device=DEVICE)
+
+        def step(cache=cache, tokens=tokens):
+            cache.position.fill_(n)
+            model.decode(tokens, cache, n + 64)
+
+        seconds = gpu_race({"step": [step]}, 10)["step"]
+        rows.append(timed("decode", batch, seconds, step_bytes(model, batch, n) / bandwidth))
+    for length in lengths:
+        cache, seconds = model.new_cache(1, length), []
+        tokens = torch.randint(0, config.vocab_size, (1, length), device=DEVICE)
+        for _ in range(5):
+            cache.reset()
+            seconds.append(event_seconds(partial(model, tokens, cache=cache, last_only=True)))
+        floor = pass_flops(config, 1, length, head=False) / rate
+        rows.append(timed("prefill", length, seconds[1:], floor))  # the first one compiles
+    return rows
+
+
+def time_training(quick, rate):
+    """Rows of training: forward and backward of 4 packed sequences, fp32 weights and gradients,
+    products in bf16, no optimizer; a row for each way of keeping activations that fits.
+    """
+    N, L = 4, 32 if quick else 4096
+    config, rows = m1.M1Config(**TRAINED | (QUICK if quick else {})), []
+    model = on_gpu(m1.MiniMaxM1, config, torch.float32)
+    model.compute = torch.bfloat16
+    tokens = torch.randint(0, config.vocab_size, (1, N * L), device=DEVICE)
+    ends = torch.arange(0, N * L + 1, L, dtype=torch.int32, device=DEVICE)
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        hidden, aux = model.hidden(tokens, cu_seqlens=ends)
+        logp = model.target_logp(hidden, tokens.roll(-1, 1))
+        (config.router_aux_loss_coef * aux.router_loss - logp.mean()).backward()
+
+    floor = 3 * pass_flops(config, N, L, head=True) / rate  # a backward pass is two forward
+    for keep in KEEP:
+        model.zero_grad(set_to_none=True)
+        model.recompute = keep
+        free()
+        try:
+            seconds = [event_seconds(step) for _ in range(6)][1:]  # the first one compiles
+        except torch.OutOfMemoryError:
+            print(f"training, {keep} computed again: more memory than there is", flush=True)
+            continue
+        row = {"recompute": keep, "tokens_per_s": f"{N * L / median(seconds):.5g}"}
+        row |= {"peak_gb": f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"}
+        rows.append(timed("training", N * L, seconds, floor) | row)
     return rows
 
 
 BENCHES = {"kernel": kernel, "decode-step": decode_step}
-BENCHES |= {"rollout": rollout, "model": model_slice}
+BENCHES |= {"rollout": rollout, "model": model_parts}

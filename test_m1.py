@@ -2063,6 +2063,59 @@ def test_a_benchmark_of_a_gpu_says_in_one_line_that_there_is_none(
     refuses(capsys, bench.main, asked, "measures a GPU and there is none here")
 
 
+@pytest.fixture
+def as_if_gpu(monkeypatch):
+    """Benchmarks of a GPU measure this CPU, where --quick is small enough."""
+    machine = {"gpu": "none", "triton": "0", "copy_tb_s": "0.01"}
+
+    def race(runs, rounds):
+        return {name: [bench_gpu.WALL(call) for call in calls * 2] for name, calls in runs.items()}
+
+    monkeypatch.setattr(bench_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_gpu, "this_gpu", lambda: (1e10, machine))
+    monkeypatch.setattr(bench_gpu, "gpu_race", race)
+    monkeypatch.setattr(bench_gpu, "event_seconds", bench_gpu.WALL)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+
+
+def test_the_rollout_benchmark_counts_tokens_and_its_floor(as_if_gpu, tmp_path):
+    for row in benched(tmp_path, "rollout", "--quick"):
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["step_ms"] * 1e3, rel=1e-2)
+        assert row["share"] == pytest.approx(row["tokens_per_s"] / row["floor_per_s"], abs=1e-3)
+
+
+def test_the_model_benchmark_has_a_row_for_each_size_and_way_of_training(as_if_gpu, tmp_path):
+    rows = common.by(benched(tmp_path, "model", "--quick"), "job")
+    assert [row["size"] for row in rows["decode"] + rows["prefill"]] == [1, 4, 256]
+    assert [row["recompute"] for row in rows["training"]] == list(bench_gpu.KEEP)
+    for row in itertools.chain(*rows.values()):
+        assert row["x"] == pytest.approx(row["ms"] / row["floor_ms"], rel=1e-2)
+    for row in rows["training"]:
+        assert row["tokens_per_s"] == pytest.approx(row["size"] / row["ms"] * 1e3, rel=1e-2)
+
+
+def test_a_way_of_training_that_does_not_fit_costs_its_own_row_only(
+    as_if_gpu, tmp_path, capsys, monkeypatch
+):
+    def hidden(model, *args, real=MiniMaxM1.hidden, **kw):
+        if getattr(model, "recompute", "") == "nothing":
+            raise torch.OutOfMemoryError
+        return real(model, *args, **kw)
+
+    monkeypatch.setattr(MiniMaxM1, "hidden", hidden)
+    rows = common.by(benched(tmp_path, "model", "--quick"), "job")
+    assert [row["recompute"] for row in rows["training"]] == ["cheap", "all"]
+    assert "training, nothing computed again: more memory than there is" in capsys.readouterr().out
+
+
+def test_the_trained_model_of_the_benchmark_has_0_98_b_active_parameters():
+    config = M1Config(**bench_gpu.TRAINED)
+    counts = count_parameters(config)
+    assert f"{counts['active_with_head'] / 1e9:.2f}" == "0.98" and sum(config.attn_type_list) == 2
+    floor = 4 * 6 * (counts["active_with_head"] * 4096 + 2 * 4096**2 * 16 * 128)
+    assert 3 * bench_gpu.pass_flops(config, 4, 4096, head=True) == floor
+
+
 def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
     def committed(name):
         return common.read_csv(HERE / f"figures/{name}.csv")
@@ -2077,7 +2130,8 @@ def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
     rows = committed("rollout")
     said += [", ".join(f"{row['tokens_per_s']:,.0f}" for row in rows) + " tokens/s"]
     said += [", ".join(f"{row['share']:.2f}" for row in rows) + " of it"]
-    for rows in (committed("model")[:3], committed("model")[3:]):
+    model = common.by(committed("model"), "job")
+    for rows in (model["decode"], model["prefill"]):
         said += [", ".join(f"{row['ms']:.2f}" for row in rows) + " ms"]
         said += [", ".join(f"{row['x']:.2f}" for row in rows) + " times"]
     for row in (row for row in committed("kernel") if row["part"] == "shapes"):
