@@ -11,8 +11,8 @@
     python bench.py model        four full-width M1 layers on a GPU (50 GB): a step, a long prompt;
                                  training 0.98 B active parameters
 
-length, forms and cpu take a minute each, on an idle machine. Those of a GPU are in bench_gpu.py,
-runs of train_rl.py in studies/.
+length, forms and cpu take a minute each, on an idle machine. Those of a GPU are in bench_gpu.py;
+rollout and model go beside transformers too. Runs of train_rl.py are in studies/.
 
     1. Against length     flops, length, forms
     2. Beside transformers, on a CPU
@@ -21,7 +21,7 @@ runs of train_rl.py in studies/.
 
 import contextlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -33,7 +33,7 @@ import bench_gpu
 import cispo
 import sample
 import train_rl
-from bench_gpu import draw, measured, race
+from bench_gpu import draw, measured, race, their_config, their_generate
 from cli import Late, command_line, parse, torch
 from cli import model as m1
 from experience import Batch, make_batch, trained_logp
@@ -300,12 +300,7 @@ def our_side():
 
 def their_side():
     """The same of transformers' model, and its version. ImportError where it is not installed."""
-    transformers.logging.set_verbosity_error()
-    c = m1.M1Config.preset("tiny")
-    kinds = ["full_attention" if kind else "linear_attention" for kind in c.attn_type_list]
-    parts = ("full_attn", "linear_attn", "mlp")
-    settings = asdict(c) | {f"{x}_alpha_factor": c.layernorm_mlp_alpha for x in parts}
-    config = transformers.MiniMaxConfig(**settings, layer_types=kinds)  # other keys: same names
+    config = their_config(m1.M1Config.preset("tiny"))
     model = transformers.MiniMaxForCausalLM(config).train()
 
     def forward(tokens, n=0):  # logits of the last n tokens, 0 = all
@@ -313,10 +308,7 @@ def their_side():
         out = model(tokens, logits_to_keep=n, **how)
         return out.logits, out.aux_loss
 
-    def generate(prompts, n, group_size=1):  # top_k 0: else it looks for the 50 likeliest first
-        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "use_cache": True}
-        how |= {"num_return_sequences": group_size, "attention_mask": torch.ones_like(prompts)}
-        return model.generate(prompts, min_new_tokens=n, max_new_tokens=n, pad_token_id=0, **how)
+    generate = partial(their_generate, model)
 
     def experience(prompts, n):
         tokens = generate(prompts, n, G)

@@ -2,7 +2,8 @@
 
     1. Timing                    race, gpu_race, this_gpu, measured, draw
     2. The kernel and one token  kernel, decode-step
-    3. The model                 rollout, model
+    3. transformers' MiniMax     compare: columns of it, where it is installed
+    4. The model                 rollout, model
 
 A floor is what the card would need for the bytes, at the speed of a large copy, or for the
 arithmetic, at that of a large product; both are measured first.
@@ -11,18 +12,19 @@ arithmetic, at that of a large product; both are measured first.
 import contextlib
 import gc
 import math
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from statistics import median
 from timeit import timeit
 
 import sample
-from cli import Late, torch
+from cli import Late, short, torch
 from cli import model as m1
 from studies.common import by, draw_curve, picture, print_table, quartiles, recorded
 
 attn = Late("lightning_attn")
-fla = Late("fla.ops.simple_gla")  # to compare with
+fla, transformers = Late("fla.ops.simple_gla"), Late("transformers")  # to compare with
 DEVICE = "cuda"  # a test of what is around the measuring puts "cpu" here
 WALL = partial(timeit, setup="gc.enable()", number=1)
 
@@ -82,6 +84,24 @@ def this_gpu():
     with contextlib.suppress(ImportError):  # flash-linear-attention
         row["fla"] = Late("fla").__version__
     return bandwidth, row | {"copy_tb_s": f"{bandwidth / 1e12:.3f}"}
+
+
+def on_gpu(build, config, dtype):
+    """build(config) with random weights of that dtype. Models before it must have been let go."""
+    free()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(DEVICE):
+            return build(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def free():
+    """Memory that nobody holds goes back to the GPU; its peak counts from here."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def measured(flags, name, measure):
@@ -264,7 +284,88 @@ def time_steps(quick):
 
 
 # ============================================================================
-# 3. The model
+# 3. transformers' MiniMax, where it is installed
+# ============================================================================
+
+
+@contextlib.contextmanager
+def optional():
+    """What fails inside is told and costs no row of ours; a package that is missing is not told."""
+    try:
+        yield
+    except ImportError:
+        pass
+    except Exception as error:
+        print(f"transformers: {short(error)}", flush=True)
+
+
+def compare(rows, config, dtype, prepare, columns):
+    """Columns of transformers' model of the same shape in these rows: three calls of what
+    prepare(model, row) returns, as columns(row, seconds).
+    """
+    with optional():
+        model = on_gpu(transformers.MiniMaxForCausalLM, their_config(config), dtype)
+        model.requires_grad_(dtype == torch.float32)
+        for row in rows:
+            free()
+            with optional():
+                run = prepare(model, row)
+                seconds = [event_seconds(run) for _ in range(3)]
+                row |= columns(row, seconds) | {"transformers": transformers.__version__}
+
+
+def their_config(config):
+    """The MiniMaxConfig of an M1Config. ImportError where transformers is not installed."""
+    transformers.logging.set_verbosity_error()
+    kinds = ["full_attention" if kind else "linear_attention" for kind in config.attn_type_list]
+    parts = ("full_attn", "linear_attn", "mlp")
+    settings = asdict(config) | {f"{x}_alpha_factor": config.layernorm_mlp_alpha for x in parts}
+    return transformers.MiniMaxConfig(**settings, layer_types=kinds)  # other keys: same names
+
+
+def their_generate(model, prompts, n, group_size=1):
+    """n tokens after prompts (B, L). top_k 0: else it looks for the 50 likeliest first."""
+    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "use_cache": True}
+    how |= {"num_return_sequences": group_size, "attention_mask": torch.ones_like(prompts)}
+    return model.generate(prompts, min_new_tokens=n, max_new_tokens=n, pad_token_id=0, **how)
+
+
+def their_pass(model, row, n):
+    """A prefill, or the next token after n, of row["size"] tokens or sequences."""
+    job, size, how = row["job"], row["size"], {"use_cache": True, "logits_to_keep": 1}
+    shape = (1, size) if job == "prefill" else (size, n)
+    tokens = torch.randint(0, model.config.vocab_size, shape, device=DEVICE)
+    if job == "prefill":
+        return partial(model, tokens, **how)
+    cache = model(tokens, **how).past_key_values
+    return partial(model, tokens[:, :1], past_key_values=cache, **how)
+
+
+def their_step(model, row, n_sequences):
+    """Forward and backward; keeping all activations, or each layer's input only."""
+    model.train().set_experts_implementation("eager")  # its grouped_mm would multiply in fp32
+    if row["recompute"] == "all":
+        model.gradient_checkpointing_enable()
+    tokens = torch.randint(0, model.config.vocab_size, (n_sequences, row["size"] // n_sequences))
+    tokens = tokens.to(DEVICE)
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            how = {"output_router_logits": True, "use_cache": False}
+            loss = model(tokens, labels=tokens, **how).loss
+        loss.backward()
+
+    return step
+
+
+def their_ms(row, seconds):
+    """Column transformers_ms."""
+    return quartiles("transformers_ms", [s * 1e3 for s in seconds])
+
+
+# ============================================================================
+# 4. The model
 # ============================================================================
 
 M1_LAYERS = {"num_hidden_layers": 4, "attn_type_list": [0, 0, 0, 1]}  # 25 B parameters
@@ -273,25 +374,8 @@ TRAINED |= {"num_attention_heads": 16, "num_key_value_heads": 2}
 TRAINED |= {"intermediate_size": 3072, "num_local_experts": 16}
 QUICK = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4}
 QUICK |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+LONG = (2048, 8192, 32_768)  # prompts
 KEEP = ("nothing", "cheap", "all")  # what the backward pass computes again
-
-
-def on_gpu(build, config, dtype):
-    """build(config) with random weights of that dtype. Models before it must have been let go."""
-    free()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(DEVICE):
-            return build(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def free():
-    """Memory that nobody holds goes back to the GPU; its peak counts from here."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
 
 
 def our_model(config):
@@ -327,7 +411,8 @@ def rollout(flags):
     rows = measured(flags, "rollout", time_rollouts)
     columns = {"batch": "{batch:,.0f}", "tokens/s": "{tokens_per_s:,.0f}"}
     columns |= {"one step, ms": "{step_ms:.3f}", "memory floor, tokens/s": "{floor_per_s:,.0f}"}
-    print_table(rows, columns | {"share of it": "{share:.2f}"})
+    columns |= {"share of it": "{share:.2f}"}
+    print_table(rows, columns | {"transformers": "{transformers_tokens_per_s:,.0f}"})
 
 
 def time_rollouts(quick):
@@ -344,9 +429,19 @@ def time_rollouts(quick):
         speeds = [batch * new / s for s in seconds]
         row = {"batch": batch, "step_ms": f"{median(seconds) / new * 1e3:.4g}"}
         row |= quartiles("tokens_per_s", speeds) | {"floor_per_s": f"{floor:.5g}"}
-        rows.append(row | {"share": f"{median(speeds) / floor:.3f}"} | machine)
+        rows.append(row | {"share": f"{median(speeds) / floor:.3f}"})
         sample.Graphs.forget(model)
-    return rows
+
+    def prepare(theirs, row):
+        prompts = torch.randint(0, 512, (row["batch"], prompt), device=DEVICE)
+        return partial(their_generate, theirs, prompts, new)
+
+    def columns(row, seconds):
+        speeds = [row["batch"] * new / s for s in seconds]
+        return quartiles("transformers_tokens_per_s", speeds)
+
+    compare(rows, config, torch.bfloat16, prepare, columns)
+    return [row | machine for row in rows]
 
 
 def model_parts(flags):
@@ -355,7 +450,7 @@ def model_parts(flags):
     """
     rows, layers = by(measured(flags, "model", time_model), "job"), []
     columns = {"size": "{size:,.0f}", "ms": "{ms:.2f}", "floor, ms": "{floor_ms:.2f}"}
-    columns |= {"x floor": "{x:.2f}"}
+    columns |= {"x floor": "{x:.2f}", "transformers, ms": "{transformers_ms:.2f}"}
     training = rows.pop("training", [])
     for part in rows.values():
         layers += part
@@ -370,11 +465,20 @@ def time_model(quick):
     """Rows of model.csv. Floors: the bytes of a decode step; the arithmetic of the others, at the
     rate of a large product.
     """
-    (bandwidth, machine), n = this_gpu(), 512 if quick else 8192
-    a = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16)
-    rate = 2 * n**3 / median(event_seconds(lambda: a @ a) for _ in range(10))
-    rows = [*time_layers(quick, bandwidth, rate), *time_training(quick, rate)]
-    return [row | {"product_tflops": f"{rate / 1e12:.3g}"} | machine for row in rows]
+    (bandwidth, machine), side = this_gpu(), 512 if quick else 8192
+    n, batches, lengths, L = (64, (1, 4), (256,), 32) if quick else (1024, (1, 16, 64), LONG, 4096)
+    a = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16)
+    rate = 2 * side**3 / median(event_seconds(lambda: a @ a) for _ in range(10))
+
+    config = m1.M1Config(**M1_LAYERS | (QUICK if quick else {}))
+    layers = time_layers(config, n, batches, lengths, bandwidth, rate)
+    compare(layers, config, torch.bfloat16, partial(their_pass, n=n), their_ms)
+    config = m1.M1Config(**TRAINED | (QUICK if quick else {}))
+    training = time_training(config, 4, L, rate)
+    alike = [row for row in training if row["recompute"] != "cheap"]  # it has no such way
+    compare(alike, config, torch.float32, partial(their_step, n_sequences=4), their_ms)
+    own = {"product_tflops": f"{rate / 1e12:.3g}"} | machine
+    return [row | own for row in layers + training]
 
 
 def timed(job, size, seconds, floor):
@@ -383,14 +487,10 @@ def timed(job, size, seconds, floor):
     return row | {"floor_ms": f"{floor * 1e3:.4g}", "x": f"{median(seconds) / floor:.3f}"}
 
 
-def time_layers(quick, bandwidth, rate):
-    """Rows of four M1 layers: a decode step after n tokens, for a batch; the prefill of a prompt
-    into a cache, its last logits included.
+def time_layers(config, n, batches, lengths, bandwidth, rate):
+    """Rows of a decode step after n tokens, for each size of a batch, and of the prefill of one
+    prompt into a cache, its last logits included.
     """
-    n, batches, lengths = (
-        (64, (1, 4), (256,)) if quick else (1024, (1, 16, 64), (2048, 8192, 2**15))
-    )
-    config = m1.M1Config(**M1_LAYERS | (QUICK if quick else {}))
     model, rows = our_model(config), []
     for batch in batches:
         cache = model.new_cache(batch, n + 64)
@@ -413,12 +513,11 @@ def time_layers(quick, bandwidth, rate):
     return rows
 
 
-def time_training(quick, rate):
-    """Rows of training: forward and backward of 4 packed sequences, fp32 weights and gradients,
+def time_training(config, N, L, rate):
+    """Rows of forward and backward of N packed sequences of L tokens: fp32 weights and gradients,
     products in bf16, no optimizer; a row for each way of keeping activations that fits.
     """
-    N, L = 4, 32 if quick else 4096
-    config, rows = m1.M1Config(**TRAINED | (QUICK if quick else {})), []
+    rows = []
     model = on_gpu(m1.MiniMaxM1, config, torch.float32)
     model.compute = torch.bfloat16
     tokens = torch.randint(0, config.vocab_size, (1, N * L), device=DEVICE)

@@ -2108,6 +2108,28 @@ def test_a_way_of_training_that_does_not_fit_costs_its_own_row_only(
     assert "training, nothing computed again: more memory than there is" in capsys.readouterr().out
 
 
+def test_transformers_failing_beside_us_is_told_and_costs_no_row(
+    as_if_gpu, tmp_path, capsys, monkeypatch
+):
+    class Theirs(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+
+        def generate(self, prompts, **how):
+            if len(prompts) > 1:
+                raise torch.OutOfMemoryError("too much")
+
+    fake = types.SimpleNamespace(MiniMaxForCausalLM=Theirs, __version__="5")
+    monkeypatch.setattr(bench_gpu, "transformers", fake)
+    monkeypatch.setattr(bench_gpu, "their_config", lambda config: config)
+    one, four = benched(tmp_path, "rollout", "--quick")
+    assert one["transformers"] == 5 and one["transformers_tokens_per_s"] > 0
+    assert four["tokens_per_s"] > 0 and "transformers_tokens_per_s" not in four
+    assert "transformers: OutOfMemoryError('too much')" in capsys.readouterr().out
+    fake.MiniMaxForCausalLM = None
+    assert len(benched(tmp_path, "rollout", "--quick")) == 2
+
+
 def test_the_trained_model_of_the_benchmark_has_0_98_b_active_parameters():
     config = M1Config(**bench_gpu.TRAINED)
     counts = count_parameters(config)
