@@ -10,6 +10,7 @@
     python bench.py rollout      generation of the 0.65 B model on a GPU, many prompts at a time
     python bench.py model        four full-width M1 layers on a GPU (50 GB): a step, a long prompt;
                                  training 0.98 B active parameters
+    python bench.py long         a million tokens through the 0.65 B model on a GPU
 
 length, forms and cpu take a minute each, on an idle machine. Those of a GPU are in bench_gpu.py;
 rollout and model go beside transformers too. Runs of train_rl.py are in studies/.
@@ -33,7 +34,7 @@ import bench_gpu
 import cispo
 import sample
 import train_rl
-from bench_gpu import draw, measured, race, their_config, their_generate
+from bench_gpu import draw, measured, race, their_config, their_generate, used
 from cli import Late, command_line, parse, torch
 from cli import model as m1
 from experience import Batch, make_batch, trained_logp
@@ -145,12 +146,6 @@ def decode(model, cache, n, steps):
     token = torch.zeros(1, 1, dtype=torch.int64)
     for _ in range(steps):
         token = model(token, cache=cache)[:, -1].argmax(-1, keepdim=True)
-
-
-def used(cache, n=None):
-    """What n tokens (None: all) occupy: n slots of softmax layers, whole states of lightning's."""
-    layers = ([t[:, :n] for t in x] if isinstance(x, tuple) else [x] for x in cache.layers)
-    return [tensor for layer in layers for tensor in layer]
 
 
 HEADS, WIDTH = 4, 64
@@ -366,7 +361,7 @@ class Flags(common.Flags):
     """What to measure."""
 
     name: Positional[str] = ""
-    """flops, length, forms, cpu, kernel, decode-step, rollout or model"""
+    """flops, length, forms, cpu, kernel, decode-step, rollout, model or long"""
     sweep: bool = False
     """kernel: time its block sizes instead"""
 

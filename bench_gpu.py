@@ -4,6 +4,7 @@
     2. The kernel and one token  kernel, decode-step
     3. transformers' MiniMax     compare: columns of it, where it is installed
     4. The model                 rollout, model
+    5. One long sequence         long
 
 A floor is what the card would need for the bytes, at the speed of a large copy, or for the
 arithmetic, at that of a large product; both are measured first.
@@ -545,5 +546,92 @@ def time_training(config, N, L, rate):
     return rows
 
 
+# ============================================================================
+# 5. One long sequence
+# ============================================================================
+
+PATTERNS = {"hybrid": None, "lightning": 0, "softmax": 1}  # kinds of layers, None = 7 : 1
+NAMES = {"hybrid": "7 lightning : 1 softmax", "lightning": "all lightning"}
+NAMES |= {"softmax": "all softmax"}
+
+
+def long(flags):
+    """`base` over a million tokens, time and memory by position: long.csv and long.png."""
+    rows = measured(flags, "long", time_long)
+    columns = {"layers": "{pattern}", "after tokens": "{tokens:,.0f}"}
+    columns |= {"reading, us a token": "{prefill_us:.2f}", "all so far, s": "{prefill_s:.2f}"}
+    columns |= {"a further token, us": "{decode_us:,.0f}", "floor, us": "{floor_us:,.0f}"}
+    print_table(rows, columns | {"cache, MB": "{cache_mb:,.1f}", "peak, GB": "{peak_gb:.2f}"})
+    parts = by(rows, "pattern")
+    first, last = parts["hybrid"][0], parts["hybrid"][-1]
+    slower = last["decode_us"] / first["decode_us"]
+    with picture(flags, "long", 2, (11, 4.2)) as (left, right):
+        for color, (pattern, part) in zip(("tab:green", "tab:blue", "tab:orange"), parts.items()):
+            how = {"color": color, "band": 0}
+            draw_curve(left, part, "tokens", "decode_us", f"{NAMES[pattern]}, generating", **how)
+            draw_curve(left, part, "tokens", "prefill_us", "... reading", "o--", **how)
+            draw_curve(right, part, "tokens", "cache_mb", NAMES[pattern], **how)
+        title = f"7 : 1 generates in {slower:.2g} times the time after {last['tokens']:,.0f} tokens"
+        left.set(title=title, ylabel="microseconds per token")
+        right.set(title="the cache grows with softmax layers alone", ylabel="cache in use, MB")
+        for axis in (left, right):
+            axis.set(xscale="log", yscale="log", xlabel="tokens of one sequence so far")
+            axis.legend(fontsize=8)
+
+
+def time_long(quick):
+    """Rows of long.csv; with all softmax layers a million tokens would take a minute to read."""
+    (bandwidth, machine), rows = this_gpu(), []
+    piece, places = (16, (16, 64)) if quick else (2**14, (2**14, 2**16, 2**18, 2**20))
+    for pattern, kind in PATTERNS.items():
+        shape = {"vocab_size": 512, "max_position_embeddings": 2**21}
+        config = m1.M1Config.preset("tiny" if quick else "base", **shape)
+        if kind is not None:
+            config.attn_type_list = [kind] * config.num_hidden_layers
+        most = 2**18 if pattern == "softmax" else 2**20
+        found = read_long(config, piece, [n for n in places if n <= most], bandwidth)
+        rows += [{"pattern": pattern} | row | machine for row in found]
+        print(NAMES[pattern], flush=True)
+    return rows
+
+
+def read_long(config, piece, places, bandwidth):
+    """Rows of one pattern: random tokens are read in pieces; at each of these places the last
+    piece's time, and a decode step's, after which the sequence goes on as if it had not been.
+    """
+    model, rows, seconds = our_model(config), [], []
+    cache = model.new_cache(1, places[-1] + 1)
+    tokens = torch.randint(0, config.vocab_size, (1, places[-1]), device=DEVICE)
+    model(tokens[:, :piece], cache=cache, last_only=True)  # compiles
+    cache.reset()
+    for n in places:
+        for start in range(len(seconds) * piece, n, piece):
+            new = tokens[:, start : start + piece]
+            seconds.append(event_seconds(partial(model, new, cache=cache, last_only=True)))
+        states = [x.clone() for x in cache.layers if torch.is_tensor(x)]
+
+        def step(n=n):
+            cache.position.fill_(n)
+            model.decode(tokens[0, :1], cache, n + 1)
+
+        steps = gpu_race({"step": [step]}, 10)["step"]
+        cache.position.fill_(n)
+        for x, state in zip((x for x in cache.layers if torch.is_tensor(x)), states):
+            x.copy_(state)
+        row = {"tokens": n} | quartiles("decode_us", [s * 1e6 for s in steps])
+        row["floor_us"] = f"{step_bytes(model, 1, n) / bandwidth * 1e6:.4g}"
+        row |= {"prefill_us": f"{seconds[-1] / piece * 1e6:.4g}"}
+        row |= {"prefill_s": f"{sum(seconds):.4g}"}
+        row["cache_mb"] = f"{sum(x.nbytes for x in used(cache, n)) / 1e6:.6g}"
+        rows.append(row | {"peak_gb": f"{torch.cuda.max_memory_allocated() / 1e9:.3f}"})
+    return rows
+
+
+def used(cache, n=None):
+    """What n tokens (None: all) occupy: n slots of softmax layers, whole states of lightning's."""
+    layers = ([t[:, :n] for t in x] if isinstance(x, tuple) else [x] for x in cache.layers)
+    return [tensor for layer in layers for tensor in layer]
+
+
 BENCHES = {"kernel": kernel, "decode-step": decode_step}
-BENCHES |= {"rollout": rollout, "model": model_parts}
+BENCHES |= {"rollout": rollout, "model": model_parts, "long": long}

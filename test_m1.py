@@ -2130,6 +2130,37 @@ def test_transformers_failing_beside_us_is_told_and_costs_no_row(
     assert len(benched(tmp_path, "rollout", "--quick")) == 2
 
 
+def test_the_long_benchmark_reads_in_pieces_and_sees_what_each_pattern_of_layers_keeps(
+    as_if_gpu, tmp_path
+):
+    rows = common.by(benched(tmp_path, "long", "--quick"), "pattern")
+    assert all([row["tokens"] for row in rows[x]] == [16, 64] for x in bench_gpu.PATTERNS)
+    kept = {name: [row["cache_mb"] * 1e6 for row in part] for name, part in rows.items()}
+    state, token = 4 * 16 * 16 * 4, 2 * 2 * 16 * 2  # of a layer: fp32; 2 heads of keys, values
+    assert kept["lightning"] == [8 * state] * 2
+    assert kept["softmax"] == [8 * token * 16, 8 * token * 64]
+    assert kept["hybrid"] == [7 * state + token * 16, 7 * state + token * 64]
+    assert (tmp_path / "long.png").stat().st_size > 5000
+
+
+def test_the_long_benchmarks_decode_steps_leave_no_trace(as_if_gpu, monkeypatch):
+    caches = []
+
+    def new_cache(model, *size, real=MiniMaxM1.new_cache):
+        cache = real(model, *size)
+        caches.extend([cache] if size != (1, 1) else [])
+        return cache
+
+    monkeypatch.setattr(MiniMaxM1, "new_cache", new_cache)
+    config = M1Config.preset("tiny", vocab_size=512)
+    for places in ([16, 32], [32]):
+        torch.manual_seed(0)
+        bench_gpu.read_long(config, 16, places, 1e10)
+    (a, b), n = caches, 32
+    assert int(a.position) == int(b.position) == n
+    assert all(map(torch.equal, bench_gpu.used(a, n), bench_gpu.used(b, n)))
+
+
 def test_the_trained_model_of_the_benchmark_has_0_98_b_active_parameters():
     config = M1Config(**bench_gpu.TRAINED)
     counts = count_parameters(config)
