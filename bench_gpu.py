@@ -565,14 +565,15 @@ def long(flags):
     parts = by(rows, "pattern")
     first, last = parts["hybrid"][0], parts["hybrid"][-1]
     slower = last["decode_us"] / first["decode_us"]
-    with picture(flags, "long", 2, (11, 4.2)) as (left, right):
+    title = f"7 : 1 generates after {last['tokens']:,.0f} tokens in {slower:.2f} times the time it "
+    title += f"takes after {first['tokens']:,.0f} ({rows[0]['gpu']})"
+    with picture(flags, "long", 2, (11, 4.5), title) as (left, right):
         for color, (pattern, part) in zip(("tab:green", "tab:blue", "tab:orange"), parts.items()):
             how = {"color": color, "band": 0}
             draw_curve(left, part, "tokens", "decode_us", f"{NAMES[pattern]}, generating", **how)
             draw_curve(left, part, "tokens", "prefill_us", "... reading", "o--", **how)
             draw_curve(right, part, "tokens", "cache_mb", NAMES[pattern], **how)
-        title = f"7 : 1 generates in {slower:.2g} times the time after {last['tokens']:,.0f} tokens"
-        left.set(title=title, ylabel="microseconds per token")
+        left.set(title="time of a token", ylabel="microseconds")
         right.set(title="the cache grows with softmax layers alone", ylabel="cache in use, MB")
         for axis in (left, right):
             axis.set(xscale="log", yscale="log", xlabel="tokens of one sequence so far")
