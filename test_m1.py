@@ -44,6 +44,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when lightning_attn defines its kernels
 
 import bench
+import bench_gpu
 import cispo
 import cli
 import experience
@@ -2094,6 +2095,121 @@ def test_committed_benchmarks_are_still_readable(name, tmp_path, capsys):
     assert printed(capsys, bench.main, name, "--redraw", "--out", str(tmp_path)).count("\n") > 3
 
 
+@pytest.mark.parametrize("name", bench_gpu.BENCHES)
+def test_a_benchmark_of_a_gpu_says_in_one_line_that_there_is_none(
+    name, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = [name, "--quick", "--out", str(tmp_path)]
+    refuses(capsys, bench.main, asked, "measures a GPU and there is none here")
+
+
+@pytest.fixture
+def as_if_gpu(monkeypatch):
+    """Benchmarks of a GPU measure this CPU, where --quick is small enough."""
+    machine = {"gpu": "none", "triton": "0", "copy_tb_s": "0.01"}
+
+    def race(runs, rounds):
+        return {name: [bench_gpu.WALL(call) for call in calls * 2] for name, calls in runs.items()}
+
+    monkeypatch.setattr(bench_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_gpu, "this_gpu", lambda: (1e10, machine))
+    monkeypatch.setattr(bench_gpu, "gpu_race", race)
+    monkeypatch.setattr(bench_gpu, "event_seconds", bench_gpu.WALL)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+
+
+def test_the_rollout_benchmark_counts_tokens_and_its_floor(as_if_gpu, tmp_path):
+    for row in benched(tmp_path, "rollout", "--quick"):
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["step_ms"] * 1e3, rel=1e-2)
+        assert row["share"] == pytest.approx(row["tokens_per_s"] / row["floor_per_s"], abs=1e-3)
+
+
+def test_the_model_benchmark_has_a_row_for_each_size_and_way_of_training(as_if_gpu, tmp_path):
+    rows = common.by(benched(tmp_path, "model", "--quick"), "job")
+    assert [row["size"] for row in rows["decode"] + rows["prefill"]] == [1, 4, 256]
+    assert [row["recompute"] for row in rows["training"]] == list(bench_gpu.KEEP)
+    for row in itertools.chain(*rows.values()):
+        assert row["x"] == pytest.approx(row["ms"] / row["floor_ms"], rel=1e-2)
+    for row in rows["training"]:
+        assert row["tokens_per_s"] == pytest.approx(row["size"] / row["ms"] * 1e3, rel=1e-2)
+
+
+def test_a_way_of_training_that_does_not_fit_costs_its_own_row_only(
+    as_if_gpu, tmp_path, capsys, monkeypatch
+):
+    def hidden(model, *args, real=MiniMaxM1.hidden, **kw):
+        if getattr(model, "recompute", "") == "nothing":
+            raise torch.OutOfMemoryError
+        return real(model, *args, **kw)
+
+    monkeypatch.setattr(MiniMaxM1, "hidden", hidden)
+    rows = common.by(benched(tmp_path, "model", "--quick"), "job")
+    assert [row["recompute"] for row in rows["training"]] == ["cheap", "all"]
+    assert "training, nothing computed again: more memory than there is" in capsys.readouterr().out
+
+
+def test_transformers_failing_beside_us_is_told_and_costs_no_row(
+    as_if_gpu, tmp_path, capsys, monkeypatch
+):
+    class Theirs(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+
+        def generate(self, prompts, **how):
+            if len(prompts) > 1:
+                raise torch.OutOfMemoryError("too much")
+
+    fake = types.SimpleNamespace(MiniMaxForCausalLM=Theirs, __version__="5")
+    monkeypatch.setattr(bench_gpu, "transformers", fake)
+    monkeypatch.setattr(bench_gpu, "their_config", lambda config: config)
+    one, four = benched(tmp_path, "rollout", "--quick")
+    assert one["transformers"] == 5 and one["transformers_tokens_per_s"] > 0
+    assert four["tokens_per_s"] > 0 and "transformers_tokens_per_s" not in four
+    assert "transformers: OutOfMemoryError('too much')" in capsys.readouterr().out
+    fake.MiniMaxForCausalLM = None
+    assert len(benched(tmp_path, "rollout", "--quick")) == 2
+
+
+def test_the_long_benchmark_reads_in_pieces_and_sees_what_each_pattern_of_layers_keeps(
+    as_if_gpu, tmp_path
+):
+    rows = common.by(benched(tmp_path, "long", "--quick"), "pattern")
+    assert all([row["tokens"] for row in rows[x]] == [16, 64] for x in bench_gpu.PATTERNS)
+    kept = {name: [row["cache_mb"] * 1e6 for row in part] for name, part in rows.items()}
+    state, token = 4 * 16 * 16 * 4, 2 * 2 * 16 * 2  # of a layer: fp32; 2 heads of keys, values
+    assert kept["lightning"] == [8 * state] * 2
+    assert kept["softmax"] == [8 * token * 16, 8 * token * 64]
+    assert kept["hybrid"] == [7 * state + token * 16, 7 * state + token * 64]
+    assert (tmp_path / "long.png").stat().st_size > 5000
+
+
+def test_the_long_benchmarks_decode_steps_leave_no_trace(as_if_gpu, monkeypatch):
+    caches = []
+
+    def new_cache(model, *size, real=MiniMaxM1.new_cache):
+        cache = real(model, *size)
+        caches.extend([cache] if size != (1, 1) else [])
+        return cache
+
+    monkeypatch.setattr(MiniMaxM1, "new_cache", new_cache)
+    config = M1Config.preset("tiny", vocab_size=512)
+    for places in ([16, 32], [32]):
+        torch.manual_seed(0)
+        bench_gpu.read_long(config, 16, places, 1e10)
+    (a, b), n = caches, 32
+    assert int(a.position) == int(b.position) == n
+    assert all(map(torch.equal, bench_gpu.used(a, n), bench_gpu.used(b, n)))
+
+
+def test_the_trained_model_of_the_benchmark_has_0_98_b_active_parameters():
+    config = M1Config(**bench_gpu.TRAINED)
+    counts = count_parameters(config)
+    assert f"{counts['active_with_head'] / 1e9:.2f}" == "0.98" and sum(config.attn_type_list) == 2
+    floor = 4 * 6 * (counts["active_with_head"] * 4096 + 2 * 4096**2 * 16 * 128)
+    assert 3 * bench_gpu.pass_flops(config, 4, 4096, head=True) == floor
+
+
 def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
     def committed(name):
         return common.read_csv(HERE / f"figures/{name}.csv")
@@ -2108,13 +2224,16 @@ def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
     rows = committed("rollout")
     said += [", ".join(f"{row['tokens_per_s']:,.0f}" for row in rows) + " tokens/s"]
     said += [", ".join(f"{row['share']:.2f}" for row in rows) + " of it"]
-    for rows in (committed("model")[:3], committed("model")[3:]):
+    model = common.by(committed("model"), "job")
+    for rows in (model["decode"], model["prefill"]):
         said += [", ".join(f"{row['ms']:.2f}" for row in rows) + " ms"]
         said += [", ".join(f"{row['x']:.2f}" for row in rows) + " times"]
     for row in (row for row in committed("kernel") if row["part"] == "shapes"):
-        cells = [f"{row[f'triton_{x}_us']:.0f} (x {row[f'triton_{x}_x']:.2f})" for x in bench.JOBS]
+        cells = [
+            f"{row[f'triton_{x}_us']:.0f} (x {row[f'triton_{x}_x']:.2f})" for x in bench_gpu.JOBS
+        ]
         for name in ("fla", "flash", "cudnn"):
-            two = [row.get(f"{name}_{job}_us") for job in bench.JOBS]
+            two = [row.get(f"{name}_{job}_us") for job in bench_gpu.JOBS]
             cells.append(", ".join(f"{x:.0f}" for x in two) if all(two) else "not measured")
         said.append(f"| {row['shape']} | {' | '.join(cells)} |")
     speed = " ".join((HERE / "studies/SPEED.md").read_text().split())
