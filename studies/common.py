@@ -273,13 +273,15 @@ class Study:
 
 
 def train_run(out, settings, change=None):
-    """One run of train_rl in this process, into the folder `out`; what it prints is dropped."""
+    """One run of train_rl in this process, into the folder `out`, by default on the CPU; what it
+    prints is dropped.
+    """
     if unknown := settings.keys() - flat(train_rl.Flags()).keys():
         raise ValueError(f"train_rl has no setting {', '.join(sorted(unknown))}")
     if change:
         change()
     with contextlib.redirect_stdout(io.StringIO()):
-        flags = unflat(train_rl.Flags, settings | {"out": str(out), "device": "cpu"})
+        flags = unflat(train_rl.Flags, {"device": "cpu"} | settings | {"out": str(out)})
         return train_rl.train(flags)
 
 

@@ -275,6 +275,24 @@ def test_a_study_runs_every_setting_from_one_cold_start_and_its_changes_act(tmp_
     assert capsys.readouterr().out == said and (tmp_path / "precision.png").stat().st_size > 5000
 
 
+def test_two_runs_in_bf16_differ_in_their_heads_and_show_each_tokens_probabilities(
+    tmp_path, capsys
+):
+    flags = ["--preset", "tiny", "--quick", "--steps", "1", "--out", str(tmp_path)]
+    said, head = printed(capsys, precision.main, *flags), m1.MiniMaxM1.head
+    rows = common.by(common.read_csv(tmp_path / "precision-gpu.csv"), "head")
+    assert list(rows) == ["fp32", "bf16"] and m1.MiniMaxM1.head is head is not precision.rounded
+    for part in rows.values():
+        step = next(row for row in part if row.get("step") == 1)
+        tokens = [(row["training"], row["rollout"]) for row in part if "rollout" in row]
+        assert len(tokens) > 50 and step["prob_corr"] > 0.99
+        gaps = [abs(np.log(p) - np.log(q)) for p, q in tokens]
+        assert max(gaps) == pytest.approx(step["logp_gap"], rel=1e-2)
+        assert np.mean(gaps) == pytest.approx(step["logp_gap_mean"], rel=1e-2)
+    assert np.mean(gaps) > 1e-4 and said.count("\n") == 2
+    assert printed(capsys, precision.main, *flags, "--redraw") == said
+
+
 def test_changes_of_the_code_do_what_they_are_named_after():
     with code_restored():
         balance_study.experts(0.25, 1.25)
