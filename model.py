@@ -31,8 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint
-from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective
+from torch.utils.checkpoint import checkpoint
 
 from cli import check, command_line, parse, read_json, short
 from layers import Linear, RMSNorm, generation, iota, residual, rms_norm, rope, rope_tables, widen
@@ -416,24 +415,42 @@ class Aux(NamedTuple):
         return load.shape[1] * (load * self.expert_prob).sum(1).mean()
 
 
-def _computed_again(layer, **how):
-    """The layer, of which the backward pass computes again what was not kept."""
-    how |= {"use_reentrant": False, "preserve_rng_state": False}
-    return functools.partial(checkpoint, layer, **how)
+def _bf16_parts(x, n):
+    """n bf16 tensors whose sum is x to 8 n bits."""
+    parts = []
+    for _ in range(n):
+        parts.append(x.bfloat16())
+        x = x - parts[-1].float()
+    return parts
 
 
-def _costly(_, op, *args, **kwargs):
-    """What "cheap" keeps: results of matrix products and of attention."""
-    costly = any(part in str(op) for part in ("mm", "matmul", "attention", "attn", "lightning"))
-    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+def _times_bf16(hidden, weight):
+    """hidden (N, D) fp32 times bf16 weight (W, D), which as fp32 would be twice the bytes.
+
+    hidden is three bf16 parts to fp32's last bit, and products are summed in fp32.
+    """
+    parts = torch.cat(_bf16_parts(hidden, 3))
+    return torch.mm(parts, weight.T, out_dtype=torch.float32).view(3, len(hidden), -1).sum(0)
 
 
-_KEEP_COSTLY = functools.partial(selective, _costly)
-RECOMPUTE = {  # how a layer runs when it learns
-    "nothing": lambda layer: layer,
-    "cheap": functools.partial(_computed_again, context_fn=_KEEP_COSTLY),
-    "all": _computed_again,
-}
+class _HeadProduct(torch.autograd.Function):
+    """hidden (N, D) times weight (W, D), both fp32, where a GPU multiplies bf16 14 times as fast:
+    both are two bf16 parts to 16 bits, and the three larger of four products are summed in fp32,
+    which is right to 1e-5. Gradients are rounded to bf16 once, as those of all layers.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(hidden, weight)
+        (a, b), (c, d) = (_bf16_parts(x, 2) for x in (hidden, weight))
+        parts = torch.cat([a, a, b], 1), torch.cat([c, d, c], 1).T
+        return torch.mm(*parts, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, grad = (x.bfloat16() for x in (*ctx.saved_tensors, grad))
+        product = functools.partial(torch.mm, out_dtype=torch.float32)
+        return product(grad, weight), product(grad.T, hidden)
 
 
 class MiniMaxM1(nn.Module):
@@ -451,7 +468,7 @@ class MiniMaxM1(nn.Module):
         super().__init__()
         self.which = list(range(config.num_hidden_layers) if which is None else which)
         self.config, self.compute = config, None  # dtype of the activations; None = the embedding's
-        self.recompute = "nothing"  # of activations in a backward pass, see RECOMPUTE
+        self.recompute = False  # True: layers keep their input only, for the backward pass
         vectors = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(vectors, freeze=False)
         self.layers = nn.ModuleList(Block(config, l) for l in self.which)
@@ -514,9 +531,10 @@ class MiniMaxM1(nn.Module):
             generation(cache is not None),
         ):
             x, routings = self.embed_tokens(tokens).to(self.dtype), []
-            how = RECOMPUTE[self.recompute if learns else "nothing"]
+            again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             for l, layer in enumerate(self.layers):
-                x, routing = how(layer)(x, at, cache and cache.layers[l])
+                run = functools.partial(again, layer) if learns and self.recompute else layer
+                x, routing = run(x, at, cache and cache.layers[l])
                 routings.append(routing)
             hidden = self.norm(widen(x))
         if cache is not None:
@@ -527,21 +545,14 @@ class MiniMaxM1(nn.Module):
 
     def head(self, hidden):
         """Logits from hidden states, both fp32: never a bf16 logit (report sec. 3.2)."""
-        weight = self.lm_head.weight
+        weight, half = self.lm_head.weight, torch.bfloat16
+        rows, shape = hidden.flatten(0, -2), (*hidden.shape[:-1], len(weight))
         with torch.autocast(self.device.type, enabled=False):
-            if weight.is_cuda and weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-                return self._head_in_parts(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
+            if weight.is_cuda and weight.dtype == half and not torch.is_grad_enabled():
+                return _times_bf16(rows, weight).view(shape)
+            if weight.is_cuda and self.compute == half and weight.dtype == torch.float32:
+                return _HeadProduct.apply(rows, weight).view(shape)
             return self.lm_head(hidden)
-
-    def _head_in_parts(self, hidden):
-        """head for bf16 weights, as fp32 they would be three times the bytes: hidden (N, D) is the
-        sum of three bf16 tensors to fp32's last bit, and products are summed in fp32.
-        """
-        high = hidden.bfloat16()
-        middle = (hidden - high).bfloat16()
-        parts = torch.cat([high, middle, (hidden - high - middle.float()).bfloat16()])
-        product = torch.mm(parts, self.lm_head.weight.T, out_dtype=torch.float32)
-        return product.view(3, len(hidden), -1).sum(0)
 
     def logp(
         self, tokens, targets, *, mask=None, cu_seqlens=None, temperature=1.0, with_entropy=False
@@ -550,10 +561,12 @@ class MiniMaxM1(nn.Module):
         hidden, _ = self.hidden(tokens, mask=mask, cu_seqlens=cu_seqlens)
         return self.target_logp(hidden, targets, temperature, with_entropy)
 
-    def target_logp(self, hidden, targets, temperature=1.0, with_entropy=False, max_logits=2**24):
+    def target_logp(self, hidden, targets, temperature=1.0, with_entropy=False, max_logits=None):
         """Log-probs (...) of targets (...) from hidden (..., D); with_entropy: and entropies, nats.
-        At most max_logits logits exist at a time; more are computed again for the backward pass.
+        At most max_logits logits (2^24, on a GPU 2^26) exist at a time; more are computed again for
+        the backward pass.
         """
+        max_logits = max_logits or (2**26 if hidden.is_cuda else 2**24)
 
         def block(h, target):
             logits = self.head(h)

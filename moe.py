@@ -34,11 +34,6 @@ class Routing(NamedTuple):
     prob: torch.Tensor  # (E,) P_e: mean router probability
 
 
-def weighted_sum(y, place, weight):
-    """Rows `place` (T k,) of y, times weight (T, k), summed over k: (T, D)."""
-    return (y.index_select(0, place).view(*weight.shape, -1) * weight[..., None]).sum(1)
-
-
 class MoE(nn.Module):
     """Top-k mixture of SwiGLU experts: out = sum_e weight_e w2_e(silu(w1_e x) * w3_e x).
 
@@ -61,7 +56,7 @@ class MoE(nn.Module):
         form = self.best_form(flat) if self.form == "auto" else self.form
         if form == "grouped_mm" and not with_routing and can_route(flat, len(self.gate.weight)):
             weight, rows = route(flat, self.gate.weight, self.top_k)
-            return self.planned(flat, weight, rows, sum_rows).view_as(x), None
+            return self.planned(flat, weight, rows).view_as(x), None
         logits = widen(self.gate.weight) @ widen(flat).T  # (E, T): a CPU is slow at short rows
         probs = logits.softmax(0).T  # (T, E)
         weight, chosen = probs.topk(self.top_k, dim=-1)  # (T, k)
@@ -104,14 +99,9 @@ class MoE(nn.Module):
         """`grouped` in three products; where an expert's rows end stays on the device."""
         return self.planned(x, weight, plan(chosen, len(self.w1)))
 
-    def planned(self, x, weight, rows, total=weighted_sum):
+    def planned(self, x, weight, rows):
         """x (T, D), weight (T, k), rows: see plan -> (T, D)."""
-        token, place, ends = rows
-        product = functools.partial(F.grouped_mm, offs=ends)
-        w1, w3, w2 = (w.to(x.dtype) for w in (self.w1, self.w3, self.w2))
-        part = x.index_select(0, token)
-        y = product(swiglu(product(part, w1.mT), product(part, w3.mT)), w2)
-        return total(y, place, weight)
+        return _Planned.apply(x, weight, self.w1, self.w3, self.w2, *rows)
 
     def dense(self, x, weight, chosen):
         """Every expert on every token, as one wide expert: wasteful, but few large operations."""
@@ -159,6 +149,43 @@ class SharedMLP(nn.Module):
 # ============================================================================
 # 2. Rows of experts, by sorting
 # ============================================================================
+
+
+class _Planned(torch.autograd.Function):
+    """x (T, D), weight (T, k), the experts, and a plan -> (T, D).
+
+    Kept for the backward pass is what products gave; rows, hidden values and weights in x's dtype
+    are made again.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, w1, w3, w2, token, place, ends):
+        product = functools.partial(F.grouped_mm, offs=ends)
+        v1, v3, v2 = (w.to(x.dtype) for w in (w1, w3, w2))
+        part = x.index_select(0, token)
+        a, b = product(part, v1.mT), product(part, v3.mT)
+        y = product(swiglu(a, b), v2)
+        ctx.save_for_backward(x, weight, w1, w3, w2, token, place, ends, a, b, y)
+        return sum_rows(y, place, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, w1, w3, w2, token, place, ends, a, b, y = ctx.saved_tensors
+        product, k = functools.partial(F.grouped_mm, offs=ends), weight.shape[1]
+        v1, v3, v2 = (w.to(x.dtype) for w in (w1, w3, w2))
+        d_weight = (y.index_select(0, place).view(-1, k, len(x.T)) * grad[:, None]).sum(-1)
+        row_weight = torch.empty_like(weight).flatten().scatter_(0, place, weight.flatten())
+        dy = grad.index_select(0, token) * row_weight[:, None].to(x.dtype)
+        with torch.enable_grad():
+            a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+            h = swiglu(a, b)
+        da, db = torch.autograd.grad(h, (a, b), product(dy, v2.mT))
+        part, h = x.index_select(0, token), h.detach()
+        weights = product(da.mT, part), product(db.mT, part), product(h.mT, dy)
+        d_part = product(da, v1) + product(db, v3)
+        dx = sum_rows(d_part, place, torch.ones_like(weight))
+        d_experts = (d.to(w.dtype) for d, w in zip(weights, (w1, w3, w2)))
+        return dx, d_weight.to(weight.dtype), *d_experts, None, None, None
 
 
 def plan(chosen, n_experts):
@@ -252,8 +279,10 @@ def _route(
 
 
 def sum_rows(y, place, weight):
-    """weighted_sum in one launch, in fp32."""
+    """Rows `place` (T k,) of y, times weight (T, k), summed over k: (T, D); on a GPU in fp32."""
     (T, k), D = weight.shape, y.shape[1]
+    if not y.is_cuda or y.dtype == torch.float64 or triton is None:
+        return (y.index_select(0, place).view(T, k, D) * weight[..., None].to(y.dtype)).sum(1)
     out = torch.empty(T, D, dtype=y.dtype, device=y.device)
     with torch.cuda.device_of(y):
         _sum_rows[(T, triton.cdiv(D, 1024))](y, place, weight, out, D, k, 1024)

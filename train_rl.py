@@ -113,8 +113,8 @@ class Flags:
     """learning rate of RL; None = 2e-4 * 64 / model width"""
     micro_tokens: int | None = None
     """tokens per forward and backward pass, gradients of several are added; None = all at once"""
-    recompute: Literal["nothing", "cheap", "all"] = "nothing"
-    """of activations, when going backward, to save memory; cheap: all but products, attention"""
+    recompute: bool = False
+    """compute activations again when going backward: less memory, a third more time"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     eval_every: int = 5
