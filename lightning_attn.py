@@ -474,11 +474,7 @@ def _gpu(device):
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
-# Custom operators, so that torch.compile and autograd see two functions and look no further.
-
-
-@torch.library.custom_op("minimax_m1::lightning", mutates_args=())
-def _lightning_op(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, slope: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     o, last = _outputs(q, v, cu_seqlens)
@@ -486,8 +482,7 @@ def _lightning_op(
     return o, last
 
 
-@torch.library.custom_op("minimax_m1::lightning_backward", mutates_args=())
-def _lightning_backward_op(
+def _backward(
     do: Tensor,
     dlast: Tensor | None,
     q: Tensor,
@@ -540,30 +535,44 @@ def _beside(device):
         yield
 
 
-@_lightning_op.register_fake
-def _(q, k, v, slope, state, cu_seqlens):
-    return _outputs(q, v, cu_seqlens)
-
-
-@_lightning_backward_op.register_fake
-def _(do, dlast, q, k, v, slope, state, cu_seqlens):
-    return _gradients(q, k, v, state)
-
-
 def _save_inputs(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, do, dlast):
+def _input_gradients(ctx, do, dlast, backward):
     q, k, v, slope, state, cu_seqlens = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     dlast = None if dlast is None else dlast.contiguous()
-    dq, dk, dv, dstate = _lightning_backward_op(do, dlast, q, k, v, slope, state, cu_seqlens)
+    dq, dk, dv, dstate = backward(do, dlast, q, k, v, slope, state, cu_seqlens)
     return dq, dk, dv, None, None if state is None else dstate, None
 
 
-_lightning_op.register_autograd(_backward, setup_context=_save_inputs)
+class _Lightning(torch.autograd.Function):
+    """What autograd sees. (An operator's dispatch costs the host a millisecond a call.)"""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _save_inputs(ctx, inputs, None)
+        return _forward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dlast):
+        return _input_gradients(ctx, do, dlast, _backward)
+
+
+# What torch.compile sees: two operators, into which it does not look.
+
+_forward_op = torch.library.custom_op("minimax_m1::lightning", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("minimax_m1::lightning_backward", _backward, mutates_args=())
+_forward_op.register_fake(lambda q, k, v, slope, state, ends: _outputs(q, v, ends))
+_backward_op.register_fake(
+    lambda do, dlast, q, k, v, slope, state, ends: _gradients(q, k, v, state)
+)
+_forward_op.register_autograd(
+    functools.partial(_input_gradients, backward=_backward_op), setup_context=_save_inputs
+)
 
 
 def lightning_kernel(q, k, v, slope, state=None, cu_seqlens=None):
@@ -578,7 +587,8 @@ def lightning_kernel(q, k, v, slope, state=None, cu_seqlens=None):
     """
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device)
     state = None if state is None else state.contiguous()
-    return _lightning_op(q, k, v, slope.float().contiguous(), state, cu_seqlens)
+    call = _forward_op if torch.compiler.is_compiling() else _Lightning.apply
+    return call(q, k, v, slope.float().contiguous(), state, cu_seqlens)
 
 
 def why_no_kernel(q, v):
@@ -646,7 +656,8 @@ def lightning_step(q, k, v, slope, state, impl="auto"):
         raise ValueError(f'impl="triton" needs a contiguous state; {instead}')
     acc = state.dtype
     if _use_kernel(impl, q, v) and state.is_contiguous():
-        return _step_op(q, k, v, slope.float().contiguous(), state)
+        step = _step_op if torch.compiler.is_compiling() else _step
+        return step(q, k, v, slope.float().contiguous(), state)
     kv = k.to(acc)[..., :, None] * v.to(acc)[..., None, :]
     state += kv.addcmul_(_forget(slope, 1, acc), state, value=-1)
     return (q.to(acc)[..., :, None] * state).sum(-2).to(q.dtype)
@@ -689,8 +700,7 @@ def _step_kernel(
     tl.store(o + pid.to(tl.int64) * V + vs, y, mask=vs < V)
 
 
-@torch.library.custom_op("minimax_m1::lightning_step", mutates_args={"state"})
-def _step_op(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, state: Tensor) -> Tensor:
+def _step(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, state: Tensor) -> Tensor:
     B, H, K = q.shape
     V = v.shape[-1]
     o = torch.empty((B, H, V), dtype=q.dtype, device=q.device)
@@ -704,9 +714,8 @@ def _step_op(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, state: Tensor) -> T
     return o
 
 
-@_step_op.register_fake
-def _(q, k, v, slope, state):
-    return _empty_like(v)
+_step_op = torch.library.custom_op("minimax_m1::lightning_step", _step, mutates_args={"state"})
+_step_op.register_fake(lambda q, k, v, slope, state: _empty_like(v))
 
 
 # ============================================================================

@@ -471,7 +471,7 @@ def test_packed_and_left_padded_sequences_get_what_each_gets_alone():
 def test_flash_attention_on_a_gpu_gives_packed_sequences_and_pieces_what_masks_give():
     torch.manual_seed(0)
     shape = dict(hidden_size=64, head_dim=16, rotary_dim=8, intermediate_size=64)
-    exact = MiniMaxM1(small_config(**shape, num_key_value_heads=2)).double().cuda()
+    exact = MiniMaxM1(small_config(**shape, num_experts_per_tok=4)).double().cuda()
     model = copy.deepcopy(exact).float()
     model.compute = torch.bfloat16
     lengths = [9, 1, 130, 300]
