@@ -132,12 +132,12 @@ def _mix(x):
 def streams(seed, n, device):
     """(n,) int64: a stream of random numbers for each of n responses; see uniforms."""
     number = torch.arange(n, device=device)
-    return _mix(_mix(torch.tensor(seed % 2**63, device=device)) + number)
+    return _mix(_mix(_mix(torch.tensor(seed % 2**63, device=device)) + number))
 
 
 def uniforms(stream, step):
     """(N,) fp64 in [0, 1): number `step` of each stream, whatever else is drawn beside it."""
-    return (_mix(_mix(stream) + step) >> 11 & 2**53 - 1).double() * 2.0**-53
+    return (_mix(stream + step) >> 11 & 2**53 - 1).double() * 2.0**-53
 
 
 def sample_tokens(logits, temperature, top_p, uniform):
