@@ -1,12 +1,13 @@
-"""Mixture of experts: the router, and five ways to multiply each token with its experts.
+"""Mixture of experts: the router, and six ways to multiply each token with its experts.
 
 All give the same; `loop` is the definition. On a GPU nothing waits for the device: rows are sorted
 by expert, or, for the few tokens of a generation step, counted: sorting would cost a dozen launches
-of almost no work, counting costs two.
+of almost no work, counting costs two. Such a step takes as long as reading its experts' weights.
 
     1. The layer                     MoE, SharedMLP
     2. Rows of experts, by sorting   plan: for any number of tokens
     3. Rows of experts, by counting  route: logits, best k, weights and plan (Triton)
+    4. The experts of a step         step_experts: products that read weights once (Triton)
 
 Dimension key: B batch, L tokens, T = B * L, D width, E experts, F expert width, k experts a token.
 """
@@ -20,6 +21,8 @@ from torch import nn
 
 from layers import Linear, iota, swiglu, widen
 from lightning_attn import jit, tl, triton
+
+constexpr = tl.constexpr
 
 # ============================================================================
 # 1. The layer
@@ -56,7 +59,10 @@ class MoE(nn.Module):
         form = self.best_form(flat) if self.form == "auto" else self.form
         if form == "grouped_mm" and not with_routing and can_route(flat, len(self.gate.weight)):
             weight, rows = route(flat, self.gate.weight, self.top_k)
-            return self.planned(flat, weight, rows).view_as(x), None
+            if len(flat) > FEW:
+                return self.planned(flat, weight, rows).view_as(x), None
+            matrices = (w.to(x.dtype) for w in (self.w1, self.w3, self.w2))
+            return step_experts(flat, weight, rows, *matrices).view_as(x), None
         logits = widen(self.gate.weight) @ widen(flat).T  # (E, T): a CPU is slow at short rows
         probs = logits.softmax(0).T  # (T, E)
         weight, chosen = probs.topk(self.top_k, dim=-1)  # (T, k)
@@ -235,7 +241,7 @@ def route(x, gate, k):
 
 
 @jit
-def _logits(x, gate, logits, D, E, BE: tl.constexpr, BD: tl.constexpr):
+def _logits(x, gate, logits, D, E, BE: constexpr, BD: constexpr):
     """One token: its product with BE rows of the gate."""
     t, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BE + tl.arange(0, BE)
     total = tl.zeros([BE], dtype=tl.float32)
@@ -249,9 +255,7 @@ def _logits(x, gate, logits, D, E, BE: tl.constexpr, BD: tl.constexpr):
 
 
 @jit
-def _route(
-    logits, weight, token, place, ends, T, E, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr
-):
+def _route(logits, weight, token, place, ends, T, E, K: constexpr, BT: constexpr, BE: constexpr):
     """All tokens in one program: the best k of every row, then the rows of every expert."""
     t, e = tl.arange(0, BT), tl.arange(0, BE)
     inside = (t < T)[:, None] & (e < E)[None, :]
@@ -278,24 +282,132 @@ def _route(
         tl.store(token + at, t.to(tl.int64), mask=t < T)
 
 
-def sum_rows(y, place, weight):
-    """Rows `place` (T k,) of y, times weight (T, k), summed over k: (T, D); on a GPU in fp32."""
-    (T, k), D = weight.shape, y.shape[1]
-    if not y.is_cuda or y.dtype == torch.float64 or triton is None:
+def sum_rows(y, place, weight, dtype=None):
+    """Rows `place` (T k,) of y, times weight (T, k), summed over k: (T, D); on a GPU in fp32.
+
+    y (T k, D), or (T k, S, D) to be summed over S, too. dtype: of the sum; None = y's.
+    """
+    (T, k), D = weight.shape, y.shape[-1]
+    if triton is None or not (y.is_cuda or y.ndim == 3) or y.dtype == torch.float64:
         return (y.index_select(0, place).view(T, k, D) * weight[..., None].to(y.dtype)).sum(1)
-    out = torch.empty(T, D, dtype=y.dtype, device=y.device)
+    out = torch.empty(T, D, dtype=dtype or y.dtype, device=y.device)
+    S = y[0].numel() // D
     with torch.cuda.device_of(y):
-        _sum_rows[(T, triton.cdiv(D, 1024))](y, place, weight, out, D, k, 1024)
+        _sum_rows[(T, triton.cdiv(D, 1024))](y, place, weight, out, D, k, S, 1024)
     return out
 
 
 @jit
-def _sum_rows(y, place, weight, out, D, K: tl.constexpr, BD: tl.constexpr):
+def _sum_rows(y, place, weight, out, D, K: constexpr, S: constexpr, BD: constexpr):
     """1,024 columns of one token."""
     t, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
     total = tl.zeros([BD], dtype=tl.float32)
     for j in tl.static_range(K):
-        row = tl.load(place + t * K + j)
-        part = tl.load(y + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-        total += tl.load(weight + t * K + j) * part
+        row, share = tl.load(place + t * K + j), tl.load(weight + t * K + j)
+        for s in tl.static_range(S):
+            part = tl.load(y + (row * S + s) * D + d, mask=d < D, other=0.0).to(tl.float32)
+            total += share * part
     tl.store(out + t * D + d, total.to(out.dtype.element_ty), mask=d < D)
+
+
+# ============================================================================
+# 4. The experts of a step
+# ============================================================================
+
+FEW = 1024  # tokens: for more, three F.grouped_mm
+
+# Rows of an expert are cut into blocks of BM; a program multiplies one block with one tile of the
+# expert's matrix. Blocks are the grid's first axis, so that a second block of an expert finds the
+# tile in the L2 cache. Tokens are the columns of a product, not its rows: a matrix instruction
+# takes 64 rows but as few as 8 columns. Every sum has one order: equal inputs, equal outputs.
+
+
+def step_experts(x, weight, rows, w1, w3, w2):
+    """MoE.planned in three launches, without gradients: for few tokens."""
+    n, (E, F_, D), deep = len(rows[0]), w1.shape, 128 // x.element_size()
+    BM = min(max(16, triton.next_power_of_2(2 * n // E)), 128)  # so most experts have one block
+    tiles = most_blocks(n, E, BM) * triton.cdiv(D, 64)
+    S = max(1, min(512 // tiles, F_ // 128, 16))  # few tiles would leave processors idle
+    how = dict(num_stages=4, num_warps=8 if BM == 128 else 4)
+    h = hidden(x, rows, w1, w3, BM, 64, deep, **how)
+    y = outputs(h, rows, w2, BM, deep, 64, S, **how)
+    return sum_rows(y, rows[1], weight, x.dtype)
+
+
+def most_blocks(n, E, BM):
+    """How many n rows can need; experts without rows have none."""
+    return min(n, E) + max(0, n - E) // BM
+
+
+def hidden(x, rows, w1, w3, BM, BF, BD, **how):
+    """silu(w1 x) * w3 x of every row: (T k, F)."""
+    (token, _, ends), (E, F_, D) = rows, w1.shape
+    h = torch.empty(len(token), F_, dtype=x.dtype, device=x.device)
+    grid = most_blocks(len(h), E, BM), triton.cdiv(F_, BF)
+    with torch.cuda.device_of(x):
+        _hidden[grid](x, token, ends, w1, w3, h, F_, D, E, BM, BF, BD, **how)
+    return h
+
+
+def outputs(h, rows, w2, BM, BF, BD, S, **how):
+    """w2 h of every row, in S parts to be summed: (T k, S, D) fp32."""
+    E, F_, D = w2.shape
+    y = torch.empty(len(h), S, D, dtype=torch.float32, device=h.device)
+    grid, part = (most_blocks(len(h), E, BM), triton.cdiv(D, BD), S), triton.cdiv(F_, S * BF) * BF
+    with torch.cuda.device_of(h):
+        _outputs[grid](h, rows[2], w2, y, part, F_, D, E, BM, BF, BD, **how)
+    return y
+
+
+@jit
+def _hidden(
+    x, token, ends, w1, w3, h, F, D, E: constexpr, BM: constexpr, BF: constexpr, BD: constexpr
+):
+    """BF hidden numbers of every row of a block."""
+    e, row, end = _block(ends, tl.program_id(0), E, BM)
+    if row >= end:
+        return
+    m, f = row + tl.arange(0, BM), tl.program_id(1) * BF + tl.arange(0, BF)
+    x += tl.load(token + m, mask=m < end, other=0)[None, :] * D
+    a, b = tl.zeros([BF, BM], dtype=tl.float32), tl.zeros([BF, BM], dtype=tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        tokens = tl.load(x + d[:, None], mask=(d < D)[:, None] & (m < end)[None, :], other=0.0)
+        tile, inside = f[:, None] * D + d[None, :], (f < F)[:, None] & (d < D)[None, :]
+        a = tl.dot(tl.load(w1 + e * F * D + tile, mask=inside, other=0.0), tokens, a, "ieee")
+        b = tl.dot(tl.load(w3 + e * F * D + tile, mask=inside, other=0.0), tokens, b, "ieee")
+    y, inside = a * tl.sigmoid(a) * b, (f < F)[:, None] & (m < end)[None, :]
+    tl.store(h + m.to(tl.int64)[None, :] * F + f[:, None], y.to(h.dtype.element_ty), mask=inside)
+
+
+@jit
+def _outputs(h, ends, w2, y, part, F, D, E: constexpr, BM: constexpr, BF: constexpr, BD: constexpr):
+    """BD outputs of every row of a block, summed over `part` of its hidden numbers."""
+    e, row, end = _block(ends, tl.program_id(0), E, BM)
+    if row >= end:
+        return
+    m, d = (row + tl.arange(0, BM)).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
+    s, total = tl.program_id(2), tl.zeros([BD, BM], dtype=tl.float32)
+    for start in range(s * part, (s + 1) * part, BF):
+        f = start + tl.arange(0, BF)
+        inside = (f < F)[:, None] & (m < end)[None, :]
+        tokens = tl.load(h + m[None, :] * F + f[:, None], mask=inside, other=0.0)
+        tile, inside = f[None, :] * D + d[:, None], (f < F)[None, :] & (d < D)[:, None]
+        matrix = tl.load(w2 + e * F * D + tile, mask=inside, other=0.0)
+        total = tl.dot(matrix, tokens, total, "ieee")
+    y += (m * tl.num_programs(2) + s)[None, :] * D + d[:, None]
+    tl.store(y, total, mask=(d < D)[:, None] & (m < end)[None, :])
+
+
+@jit
+def _block(ends, block, E: constexpr, BM: constexpr):
+    """A block's expert (int64), first row and the end of its expert's rows; 0, 0, 0 if empty."""
+    e = tl.arange(0, triton.next_power_of_2(E))
+    end = tl.load(ends + e, mask=e < E, other=0)
+    begin = tl.load(ends + e - 1, mask=(e > 0) & (e < E), other=0)
+    n = (end - begin + BM - 1) // BM
+    past = tl.cumsum(n, 0)
+    here = (past - n <= block) & (block < past)
+    row = begin + (block - past + n) * BM
+    e, row = tl.sum(tl.where(here, e, 0), 0).to(tl.int64), tl.sum(tl.where(here, row, 0), 0)
+    return e, row, tl.sum(tl.where(here, end, 0), 0)

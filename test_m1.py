@@ -577,6 +577,41 @@ def test_counting_rows_of_experts_gives_what_sorting_gives(T, E, k):
         assert relative_error(moe(x, with_routing=False)[0], loop) < 1e-5
 
 
+def uneven_experts(T, E, k, D, width, dtype):
+    """A MoE, x, weight, chosen and rows: all tokens choose expert 0, none chooses 1."""
+    torch.manual_seed(0)
+    moe = MoE(small_config(hidden_size=D, intermediate_size=width, num_local_experts=E))
+    for p in moe.to(DEVICE, dtype).requires_grad_(False).parameters():
+        p.normal_()
+    others = 2 + torch.rand(T, E - 2, device=DEVICE).argsort(-1)[:, : k - 1]
+    chosen = torch.cat([others.new_zeros(T, 1), others], 1)
+    x, weight = torch.randn(T, D, device=DEVICE).to(dtype), torch.rand(T, k, device=DEVICE)
+    return moe, x, weight, chosen, experts.plan(chosen, E)
+
+
+def step_experts(moe, x, weight, rows):
+    return experts.step_experts(x, weight, rows, moe.w1, moe.w3, moe.w2)
+
+
+@pytest.mark.parametrize(
+    "T, E, k, D, width",
+    [(1, 8, 2, 24, 300), (3, 5, 4, 67, 150), (40, 8, 2, 70, 33), (150, 2, 1, 24, 70)],
+)
+def test_kernels_of_a_step_give_what_the_loop_over_experts_gives(T, E, k, D, width):
+    moe, x, weight, chosen, rows = uneven_experts(T, E, k, D, width, torch.float32)
+    out = step_experts(moe, x, weight, rows)
+    assert relative_error(out, moe.loop(x, weight, chosen)) < 1e-5
+
+
+@pytest.mark.parametrize("T", [1, 40])
+def test_kernels_of_a_step_round_no_more_than_three_products(T):
+    moe, x, weight, chosen, rows = uneven_experts(T, 8, 2, 72, 136, HALF[0])
+    out = [step_experts(moe, x, weight, rows), moe.planned(x, weight, rows)]
+    right = moe.double().loop(x.double(), weight.double(), chosen)
+    kernels, products = (relative_error(y, right) for y in out)
+    assert out[0].dtype == HALF[0] and kernels < 1.1 * products < 0.02
+
+
 def test_the_router_loss_is_k_when_balanced_e_when_collapsed_and_padding_enters_none_of_it():
     moe, mask = small_model().layers[0].block_sparse_moe, torch.tensor([[False] * 8, [True] * 8])
     even = torch.full((8, 4), 1 / 4), torch.tensor([[0, 1], [2, 3]] * 4)
