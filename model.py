@@ -30,13 +30,13 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from cli import check, command_line, parse, read_json, short
-from layers import Linear, RMSNorm, generation, iota, residual, rms_norm, rope, rope_tables, widen
+from layers import Linear, RMSNorm, generation, residual, rms_norm, rope, rope_tables, widen
 from lightning_attn import check_boundaries, decay_slopes, lightning_attention, lightning_step
 from moe import MoE, SharedMLP
+from softmax_attn import attend, attend_packed, has_flash
 
 # ============================================================================
 # 1. Configuration
@@ -276,59 +276,10 @@ class SoftmaxAttention(nn.Module):
                 cached[at.rows, at.slots] = new.flatten(0, 1) if at.mask is None else new[at.mask]
             k, v = (cached[:, : at.n_slots] for cached in kv)
         if at.cu_seqlens is None:
-            o = self.attend(q, k, v, at.seen)
-        elif has_flash(q):
-            o = _flash(q[0], k[0], v[0], at.cu_seqlens, at.cu_seqlens, at.longest, at.longest)[None]
+            o = attend(q, k, v, at.seen)
         else:
-            lengths = at.cu_seqlens.diff().tolist()
-            sequences = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
-            o = torch.cat([self.attend(*qkv) for qkv in sequences], dim=1)
+            o = attend_packed(q, k, v, at.cu_seqlens, at.longest)
         return self.o_proj(o.flatten(2))
-
-    @staticmethod
-    def attend(q, k, v, seen=None, most=2**25):
-        """softmax(q k^T / sqrt(K)) v over (B, L, heads, K) tensors. seen: first and last key of
-        every query; None: the last query sees all keys, the one before one less, and so on.
-
-        At most about `most` entries of a mask (B, 1, queries, keys) exist at a time.
-        """
-        (B, L, H, _), (S, J) = q.shape, k.shape[1:3]
-        if q.is_cuda and L == 1 and seen is not None:  # heads that share keys as queries
-            return SoftmaxAttention._attend_one(q.view(-1, J, H // J, q.shape[3]), k, v, seen)
-        if seen is None and L < S:  # a piece of a prompt
-            ends = (torch.arange(0, B * n + 1, n, device=q.device).int() for n in (L, S))
-            return _flash(*(x.flatten(0, 1) for x in (q, k, v)), *ends, L, S).view_as(q)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        attention = functools.partial(F.scaled_dot_product_attention, enable_gqa=True)
-        if seen is None:
-            return attention(q, k, v, is_causal=True).transpose(1, 2)
-        key, o = torch.arange(k.shape[2], device=k.device), []
-        block = max(most // (len(k) * len(key)), 1)
-        for part, first, last in zip(q.split(block, 2), *(x.split(block, 1) for x in seen)):
-            visible = (first[..., None] <= key) & (key <= last[..., None])
-            o.append(attention(part, k, v, visible[:, None]))
-        return (o[0] if len(o) == 1 else torch.cat(o, 2)).transpose(1, 2)
-
-    @staticmethod
-    def _attend_one(q, k, v, seen):
-        """One query: q (B, J, H / J, K), the heads that share keys k (B, S, J, K) together."""
-        key, (first, last) = iota(k.shape[1], k.device), seen
-        visible = ((first <= key) & (key <= last))[:, None, None]
-        o = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), visible)
-        return o.flatten(1, 2)[:, None]
-
-
-def has_flash(x):
-    """Whether PyTorch's flash attention takes x, or a model's tensors."""
-    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
-
-
-def _flash(q, k, v, *ends_and_longest):
-    """Causal attention inside packed sequences: q (T, H, K), k and v (S, J, K), boundaries of both,
-    longest of both. The last query of a sequence sees all its keys, the one before one less.
-    """
-    grouped = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # 2.13
-    return varlen_attn(q, k, v, *ends_and_longest, window_size=(-1, 0), **grouped)
 
 
 # ============================================================================
@@ -618,7 +569,7 @@ class MiniMaxM1(nn.Module):
             if n > cache.max_len:
                 raise ValueError(f"the cache holds {cache.max_len} tokens per row, {n} are needed")
             even = mask is None and reach is None and least == n
-            if not even or (L < n and not has_flash(self)):
+            if not even or (L < n and (L == 1 or not has_flash(self))):
                 at.seen = torch.zeros_like(positions), positions
             row = torch.arange(B, device=device)[:, None].expand(B, L)
             places = (row, positions) if mask is None else (row[mask], positions[mask])

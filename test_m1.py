@@ -55,6 +55,7 @@ import model as m1
 import moe as experts
 import runlog
 import sample
+import softmax_attn
 import tasks
 import train_rl
 from checkpoint import load_pretrained, published_tensors, save_pretrained
@@ -491,6 +492,90 @@ def test_flash_attention_on_a_gpu_gives_packed_sequences_and_pieces_what_masks_g
         assert relative_error(torch.cat(pieces, 1), whole) < bound
 
 
+def one_query(B, S, H, J, K, dtype=torch.float32, fill=0.0):
+    """A query and the last key that it sees, in each row of a cache, with `fill` behind that."""
+    q, kv = torch.randn(B, H, K), torch.randn(2, B, S + 3, J, K)  # a cache is longer than its rows
+    last = torch.arange(B) * 37 % S
+    last[0] = S - 1
+    kv[:, torch.arange(S + 3) > last[:, None]] = fill
+    q, k, v = (x.to(DEVICE, dtype) for x in (q, *kv))
+    return q, k[:, :S], v[:, :S], last.to(DEVICE)
+
+
+def attended(q, k, v, last):
+    """What it gives, row by row, in fp64."""
+    rows = []
+    for b, n in enumerate((last + 1).tolist()):
+        keys, values = (
+            x[b, :n].double().repeat_interleave(len(q[b]) // x.shape[2], 1) for x in (k, v)
+        )
+        score = torch.einsum("hk,shk->hs", q[b].double(), keys) / math.sqrt(q.shape[-1])
+        rows.append(torch.einsum("hs,shk->hk", score.softmax(-1), values))
+    return torch.stack(rows)
+
+
+QUERIES = [
+    (1, 1, 6, 2, 16),
+    (3, 5, 2, 2, 8),
+    (2, 63, 6, 1, 24),
+    (1, 64, 17, 1, 40),
+]  # B, S, H, J, K
+QUERIES += [(1, 200, 8, 1, 128), (3, 131, 2, 1, 64), (1, 40, 4, 2, 256)]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shape", QUERIES)
+def test_one_query_by_the_kernel_sees_its_rows_keys_and_nothing_behind_them(shape, splits):
+    x = one_query(*shape, fill=math.nan)
+    kernel = functools.partial(softmax_attn._launch, splits=splits, least=16, BN=16)
+    assert relative_error(kernel(*x), attended(*x)) < 2e-6
+    x = one_query(*shape)
+    assert relative_error(softmax_attn.attend_step_torch(*x), attended(*x)) < 2e-6
+    x = one_query(*shape, dtype=HALF[0])
+    rounded = relative_error(softmax_attn.attend_step_torch(*x), attended(*x))
+    assert relative_error(kernel(*x), attended(*x)) <= 1.5 * rounded
+
+
+def test_one_query_takes_any_layout_of_a_cache_and_a_last_key_beyond_it_is_its_end():
+    q, k, v, last = one_query(2, 40, 4, 2, 16)
+    right = softmax_attn._launch(q, k, v, last)
+    strange = k.mT.contiguous().mT, v.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(softmax_attn._launch(q.mT.contiguous().mT, *strange, last), right)
+    last[0] = 10**6
+    assert torch.equal(softmax_attn._launch(q, k, v, last), right)
+
+
+def test_the_keys_of_few_rows_are_shared_out_and_short_ones_are_one_launch():
+    sizes = [(1, 2, 256), (1, 2, 2**20), (1, 8, 1088), (64, 8, 1088), (1024, 2, 256)]
+    assert [softmax_attn._n_splits(*size) for size in sizes] == [1, 132, 8, 1, 1]
+
+
+def test_one_query_is_the_kernels_on_a_gpu_unless_it_would_need_a_gradient():
+    q, k, v, last = one_query(2, 40, 4, 2, 16)
+    with torch.no_grad(), mock.patch.object(softmax_attn, "_launch") as kernel:
+        softmax_attn.attend_step(q, k, v, last)
+        softmax_attn.attend_step(q.double(), k.double(), v.double(), last)
+        assert kernel.call_count == (DEVICE == "cuda")
+    q.requires_grad_()
+    softmax_attn.attend_step(q, k, v, last).sum().backward()
+    assert q.grad.any()
+
+
+@NEEDS_GPU
+def test_a_cuda_graph_replays_one_query_while_its_rows_grow():
+    q, k, v, last = one_query(3, 3000, 12, 2, 64, torch.bfloat16)
+    with torch.no_grad():
+        softmax_attn.attend_step(q, k, v, last)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            o = softmax_attn.attend_step(q, k, v, last)
+    for n in (0, 15, 127, 128, 700, 2999):
+        last.fill_(n)
+        graph.replay()
+        right, twin = attended(q, k, v, last), softmax_attn.attend_step_torch(q, k, v, last)
+        assert relative_error(o, right) <= 1.5 * relative_error(twin, right), n
+
+
 def test_rows_of_a_cache_continue_with_different_numbers_of_tokens_and_can_be_given_to_others():
     model = small_model()
     cache, history = model.new_cache(3, 64), [torch.empty(0, dtype=torch.int64)] * 3
@@ -728,7 +813,7 @@ def test_masks_are_made_in_blocks_and_not_at_all_for_a_first_prompt_without_padd
     q, k, v = (torch.randn(2, 9, heads, 8, dtype=torch.float64) for heads in (6, 2, 2))
     last = torch.arange(9).expand(2, 9)
     seen = torch.minimum(torch.tensor([[0], [4]]), last), last
-    attend = m1.SoftmaxAttention.attend
+    attend = softmax_attn.attend
     assert worst(attend(q, k, v, seen, most=18 * 4), attend(q, k, v, seen)) < 1e-15
     causal = attend(q[:1], k[:1], v[:1])
     assert worst(attend(q, k, v, seen)[:1], causal) < 1e-15
@@ -2599,6 +2684,12 @@ def step(q=THREE, slope=THREE, state=None):
     return lambda: lightning_step(q, torch.ones(1, 3, 1), torch.ones(1, 3, 1), slope, state)
 
 
+def one(q=(2, 4, 8), k=(2, 9, 2, 8), last=2):
+    """attend_step on tensors of these shapes."""
+    k, last = torch.ones(k), torch.zeros(last, dtype=torch.int64)
+    return lambda: softmax_attn.attend_step(torch.ones(q), k, k, last)
+
+
 TRACE, ONES = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
 BAD_CALLS = {
     "share one floating dtype, found torch.int64": step(torch.ones(3, dtype=torch.int64)),
@@ -2612,6 +2703,9 @@ BAD_CALLS = {
     "slopes must be positive numbers, found [inf": attend(slope=THREE / 0),
     "slopes must be positive numbers, found [-1": attend(slope=-THREE),
     "slope must not require gradients": attend(slope=torch.ones(3, requires_grad=True)),
+    "do not fit: found (2, 4, 8), (2, 9, 3, 8)": one(k=(2, 9, 3, 8)),
+    "do not fit: found (2, 4, 9)": one(q=(2, 4, 9)),
+    "(2, 9, 2, 8), (3,)": one(last=3),
     "a chunk must have at least 1 token, found -3": lambda: FORMS["chunk"](
         *attention_inputs(3)[:3], THREE, chunk=-3
     ),
