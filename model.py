@@ -35,7 +35,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective
 
 from cli import check, command_line, parse, read_json, short
-from layers import Linear, RMSNorm, generation, iota, residual, rms_norm, rope, rope_tables, widen
+from layers import Linear, RMSNorm, iota, residual, rms_norm, rope, rope_tables, widen
 from lightning_attn import check_boundaries, decay_slopes, lightning_attention, lightning_step
 from moe import MoE, SharedMLP
 
@@ -508,11 +508,7 @@ class MiniMaxM1(nn.Module):
         """All before the head, final norm included: (B, L, D) fp32 and Aux (None with a cache)."""
         at = self._layout(tokens, mask, cache, cu_seqlens, reach)
         learns = torch.is_grad_enabled() and cache is None
-        with (
-            torch.set_grad_enabled(learns),
-            torch.autocast(self.device.type, enabled=False),
-            generation(cache is not None),
-        ):
+        with torch.set_grad_enabled(learns), torch.autocast(self.device.type, enabled=False):
             x, routings = self.embed_tokens(tokens).to(self.dtype), []
             how = RECOMPUTE[self.recompute if learns else "nothing"]
             for l, layer in enumerate(self.layers):
