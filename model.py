@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cli import check, command_line, parse, read_json, short
-from layers import Linear, RMSNorm, generation, residual, rms_norm, rope, rope_tables, widen
+from layers import Linear, RMSNorm, residual, rms_norm, rope, rope_tables, widen
 from lightning_attn import check_boundaries, decay_slopes, lightning_attention, lightning_step
 from moe import MoE, SharedMLP
 from softmax_attn import attend, attend_packed, has_flash
@@ -476,11 +476,7 @@ class MiniMaxM1(nn.Module):
         """All before the head, final norm included: (B, L, D) fp32 and Aux (None with a cache)."""
         at = self._layout(tokens, mask, cache, cu_seqlens, reach)
         learns = torch.is_grad_enabled() and cache is None
-        with (
-            torch.set_grad_enabled(learns),
-            torch.autocast(self.device.type, enabled=False),
-            generation(cache is not None),
-        ):
+        with torch.set_grad_enabled(learns), torch.autocast(self.device.type, enabled=False):
             x, routings = self.embed_tokens(tokens).to(self.dtype), []
             again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             for l, layer in enumerate(self.layers):

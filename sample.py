@@ -256,14 +256,14 @@ _copies = weakref.WeakKeyDictionary()
 
 def rollout_weights(model):
     """The model that generate reads: itself, or where its activations have another dtype than its
-    weights a copy of that dtype (router gates and head aside), made equal anew by every call.
+    weights a copy of that dtype (norms, gates and head aside), made equal anew by every call.
     """
     if model.compute in (None, model.embed_tokens.weight.dtype):
         return model
     if model not in _copies:
         _copies[model] = copied = copy.deepcopy(model).requires_grad_(False)
         for name, p in copied.named_parameters():
-            if not (".gate." in name or "lm_head" in name):
+            if p.ndim > 1 and not (".gate." in name or "lm_head" in name):
                 p.data = p.data.to(model.compute)
         copied.compute = None
     for own, p in zip(_copies[model].parameters(), model.parameters()):

@@ -628,20 +628,100 @@ def test_grouped_products_have_the_outputs_and_gradients_of_the_loop_also_for_id
     assert all(relative_error(x, first) < 1e-5 for first, x in zip(*results[2:]))
 
 
-@pytest.mark.parametrize("D", [24, 1500])
-def test_small_parts_as_kernels_give_what_they_give_as_pytorch(D):
-    x, y, gate = torch.randn(3, 2, 5, D, device=DEVICE).unbind()
-    weight = torch.randn(D, device=DEVICE)
-    calls = [(layers.rms_norm, (x, weight, 1e-5)), (layers.rms_norm, (x, weight, 1e-6, gate))]
-    calls += [(layers.swiglu, (gate, x)), (layers.residual, (x, y, 3.5, 0.7))]
-    plain = [function(*inputs) for function, inputs in calls]
-    with mock.patch.object(layers, "_fast", lambda x: True):
-        kernels = [function(*inputs) for function, inputs in calls]
-    for one, other in zip(plain, kernels):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    with layers.generation(True):
-        assert layers._fast(x) == x.is_cuda
-    assert not layers._fast(x)  # training and its first ratio of 1 never take them
+def small_parts(D, dtype, rows=7):
+    """A call of every small part that has a kernel, some on tensors with gaps."""
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(D))
+    x, y, gate = draw(3, rows, 2 * D).to(DEVICE, dtype).unbind()
+    x, y, gate, weight = x[:, :D], y[:, ::2], gate[:, :D].contiguous(), draw(D).to(DEVICE)
+    calls = [(layers.rms_norm, x, weight, 1e-5), (layers.rms_norm, y, weight.to(dtype), 1e-6, gate)]
+    calls += [(layers.swiglu, gate, x), (layers.residual, y, gate, 3.5, 0.7)]
+    return [*calls, (layers.residual, x, y, 2.0, 1.0)]
+
+
+def with_gradients(function, *inputs):
+    """The output and the gradients of all tensors, which come back in the tensors' dtypes."""
+    inputs = [i.detach().requires_grad_() if torch.is_tensor(i) else i for i in inputs]
+    out, tensors = function(*inputs), [i for i in inputs if torch.is_tensor(i)]
+    with torch.no_grad():
+        assert torch.equal(function(*inputs), out)
+    noise = torch.randn(out.T.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    gradients = torch.autograd.grad(out, tensors, noise.T)  # with gaps, too
+    assert [dx.dtype for dx in gradients] == [x.dtype for x in tensors]
+    return [out.detach(), *gradients]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF[0]])
+@pytest.mark.parametrize("D", [3, 24, 77, 1500])
+def test_small_parts_as_kernels_and_their_gradients_are_as_close_to_fp64_as_pytorch(
+    D, dtype, monkeypatch
+):
+    calls, results = small_parts(D, dtype), []
+    wide = [[i.double() if torch.is_tensor(i) else i for i in call] for call in calls]
+    monkeypatch.setattr(layers, "_MOST_PROGRAMS", 3)  # they walk over two or three of seven rows
+    for fast, numbers in ((False, wide), (False, calls), (True, calls)):
+        monkeypatch.setattr(layers, "_fast", lambda x, fast=fast: fast)
+        results.append([x for call in numbers for x in with_gradients(*call)])
+    for truth, plain, kernel in zip(*results):
+        most = 1e-5 if dtype == torch.float32 else 1.5 * relative_error(plain, truth)
+        assert relative_error(kernel, truth) <= max(most, 1e-6)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_model_learns_alike_with_small_parts_as_kernels_whatever_it_computes_again(
+    recompute, monkeypatch
+):
+    model, results = small_model(dtype=torch.float32).to(DEVICE), []
+    tokens = torch.randint(64, (2, 4), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for fast, model.recompute in ((False, False), (True, recompute)):
+        monkeypatch.setattr(layers, "_fast", lambda x, fast=fast: fast)
+        with torch.autocast(DEVICE, torch.bfloat16):  # which a model keeps out
+            logp = model.logp(tokens, tokens.flip(1))
+        results.append([logp, *torch.autograd.grad(logp.sum(), list(model.parameters()))])
+    assert all(relative_error(kernel, plain) < 1e-4 for plain, kernel in zip(*results))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF[0]])
+@pytest.mark.parametrize("K, R", [(8, 8), (20, 6)])
+def test_rotations_as_a_kernel_and_their_gradients_are_those_of_pytorch(K, R, dtype, monkeypatch):
+    x, dy = torch.randn(2, 2, 5, 3, 2 * K).to(DEVICE, dtype)[..., :K]
+    angle, results = torch.randn(2, 5, 1, R // 2, device=DEVICE), []
+    for fast in (False, True):
+        monkeypatch.setattr(layers, "_fast", lambda x, fast=fast: fast)
+        x = x.detach().requires_grad_()
+        out = layers.rope(x, angle.cos(), angle.sin())
+        results.append([out, *torch.autograd.grad(out, x, dy)])
+    for plain, kernel in zip(*results):
+        assert plain.dtype == kernel.dtype and relative_error(kernel, plain) < 1e-6
+
+
+def test_small_parts_are_kernels_on_a_gpu_but_for_fp64_and_launch_none_for_no_rows(monkeypatch):
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x = types.SimpleNamespace(is_cuda=True, dtype=dtype)
+        assert layers._fast(x) == (dtype != torch.float64 and layers.triton is not None)
+    assert not layers._fast(torch.ones(1))
+    monkeypatch.setattr(layers, "_fast", lambda x: True)
+    for name in ("norm", "norm_backward", "pairs", "swiglu_backward"):
+        monkeypatch.setattr(layers, f"_{name}_kernel", None)
+    for function, x, *others in small_parts(8, torch.float32, rows=0):
+        out, dx, *_ = with_gradients(function, x, *others)
+        assert out.shape == dx.shape == (0, 8)
+
+
+@NEEDS_GPU
+def test_small_parts_are_right_beyond_two_to_the_31_numbers():
+    on = dict(device="cuda", dtype=torch.bfloat16)
+    x, weight = torch.randn(2**18 + 3, 2**13, **on), torch.ones(2**13, **on)
+    for part in (
+        lambda x: layers.rms_norm(x, weight, 1e-5, x),
+        lambda x: layers.swiglu(x, x),
+        lambda x: layers.residual(x, x, 3.5, 0.7),
+    ):
+        results = []
+        for inputs in (x.detach(), x[-3:].clone()):
+            out = part(inputs.requires_grad_())
+            results.append([out[-3:], torch.autograd.grad(out, inputs, inputs)[0][-3:]])
+            del out
+        assert all(relative_error(big, alone) < 3e-3 for big, alone in zip(*results))
 
 
 @pytest.mark.parametrize("T, E, k", [(1, 8, 2), (5, 6, 2), (33, 32, 2), (64, 4, 1), (7, 5, 5)])
