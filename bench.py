@@ -41,7 +41,8 @@ from experience import Batch, make_batch, trained_logp
 from studies import common
 from studies.common import by, picture, print_table, quartiles, write_csv
 
-attn, transformers = Late("lightning_attn"), Late("transformers")  # the latter to compare with
+attn, softmax = Late("lightning_attn"), Late("softmax_attn")
+transformers = Late("transformers")  # to compare with
 
 # ============================================================================
 # 1. Against length: Figure 1 (right), a small model, forms of attention
@@ -184,7 +185,7 @@ def time_forms(quick):
     """Rows of forms.csv: every form takes and returns (1, L, heads, width), fp32."""
     slope, rows = attn.decay_slopes(HEADS, 0, 8), []
     runs = {form: partial(attn.lightning_attention, slope=slope, impl=form) for form in CURVES}
-    runs["softmax"] = m1.SoftmaxAttention.attend
+    runs["softmax"] = softmax.attend
     for n in (16, 32) if quick else (2**i for i in range(6, 15)):
         qkv, row = torch.randn(3, 1, n, HEADS, WIDTH), {"tokens": n}
         if n > LONGEST_QUADRATIC:

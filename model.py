@@ -510,10 +510,10 @@ class MiniMaxM1(nn.Module):
 
     def target_logp(self, hidden, targets, temperature=1.0, with_entropy=False, max_logits=None):
         """Log-probs (...) of targets (...) from hidden (..., D); with_entropy: and entropies, nats.
-        At most max_logits logits (2^24, on a GPU 2^26) exist at a time; more are computed again for
+        At most max_logits logits (2^24, on a GPU 2^28) exist at a time; more are computed again for
         the backward pass.
         """
-        max_logits = max_logits or (2**26 if hidden.is_cuda else 2**24)
+        max_logits = max_logits or (2**28 if hidden.is_cuda else 2**24)
 
         def block(h, target):
             logits = self.head(h)

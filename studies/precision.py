@@ -77,7 +77,8 @@ def train_both(flags, quick):
             out, tokens = f"{folder}/{name}", []
 
             def watched(slices, old, *rest, tokens=tokens):
-                for part, (logp, *_) in () if tokens else list(zip(slices, old)):
+                for part, before in () if tokens else zip(slices, old):
+                    logp = torch.cat([p.logp for p in before])
                     pair = (x[part.trained].exp().tolist() for x in (logp, part.infer_logp))
                     tokens.extend(zip(*pair))
                 return measure(slices, old, *rest)
