@@ -17,6 +17,7 @@ import pickle
 import re
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -273,6 +274,30 @@ def crc32(file):
 # ============================================================================
 
 
+def on_cpu(x):
+    """A tensor, or dicts and lists of some, on the CPU; from a GPU through pinned memory, which is
+    three times as fast.
+    """
+    if isinstance(x, dict):
+        return {name: on_cpu(part) for name, part in x.items()}
+    if isinstance(x, list):
+        return [on_cpu(part) for part in x]
+    if not (torch.is_tensor(x) and x.is_cuda):
+        return x
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x).clone()
+
+
+def _save_state(state, file):
+    """torch.save without its own checksum: ours covers the file."""
+    own = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        with open(file, "wb") as content:
+            torch.save(state, content)
+    finally:
+        torch.serialization.set_crc32_options(own)
+
+
 def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None):
     """Write a model as config.json, numbered *.safetensors shards and their index.
 
@@ -297,19 +322,21 @@ def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None):
     draft = path.with_name(f".{path.name}.writing-{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        with writing(path, SafetensorError, RuntimeError):
+        with writing(path, SafetensorError, RuntimeError), ThreadPoolExecutor() as pool:
             draft.mkdir()
+            model.config.to_json(draft / "config.json")
+            sums = {"config.json": pool.submit(crc32, draft / "config.json")}
             for file, shard in zip(names, shards):
-                plain = torch.contiguous_format
-                tensors = {name: t.cpu().clone(memory_format=plain) for name, t in shard.items()}
+                plain, tensors = torch.contiguous_format, on_cpu(shard)
+                tensors = {name: t.clone(memory_format=plain) for name, t in tensors.items()}
                 save_file(tensors, draft / file, metadata={"format": "pt"})
+                sums[file] = pool.submit(crc32, draft / file)
             total = sum(t.nbytes for shard in shards for t in shard.values())
             weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
             if trainer_state is not None:
-                with open(draft / "trainer.pt", "wb") as content:
-                    torch.save(trainer_state, content)
-            model.config.to_json(draft / "config.json")
-            sums = {file.name: crc32(file) for file in sorted(draft.iterdir())}
+                _save_state(on_cpu(trainer_state), draft / "trainer.pt")
+                sums["trainer.pt"] = pool.submit(crc32, draft / "trainer.pt")
+            sums = {name: future.result() for name, future in sorted(sums.items())}
             index = {"metadata": {"total_size": total, "crc32": sums}, "weight_map": weight_map}
             (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
             draft.rename(path)  # atomic: before it there is no checkpoint, after it a whole one

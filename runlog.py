@@ -159,12 +159,18 @@ class Run:
         self.folder, self.step, self.earlier = Path(folder), step, 0.0
         self.start, self.step_start = time.perf_counter(), None
         self.stopping, self.handlers = False, {}
+        self.saved, self.save_s = -math.inf, 0.0  # when and how long
         self.lock = _lock(self.folder / ".lock")
 
     @property
     def seconds(self):
         """Since the run began, over all its parts."""
         return self.earlier + time.perf_counter() - self.start
+
+    @property
+    def rested(self):
+        """Whether a checkpoint now leaves nine tenths of the time to training; 1 s is nothing."""
+        return self.save_s < 1 or time.perf_counter() - self.saved > 9 * self.save_s
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -230,12 +236,15 @@ class Run:
         Kept are the newest `keep` and the one after the cold start. Nothing else needs saving:
         every random draw has a seed of its own (experience.substream), whatever ran before.
         """
-        name, state = f"step-{step:06d}", {"step": step, "seconds": self.seconds}
+        began, name = time.perf_counter(), f"step-{step:06d}"
+        state = {"step": step, "seconds": self.seconds}
         state |= {"optimizer": optimizer.state_dict(), "curriculum": curriculum.state_dict()}
         checkpoint.save_pretrained(model, self.folder / name, trainer_state=state)
         write_file(self.folder / "latest", name + "\n")
         for old in checkpoint.saved_steps(self.folder)[1:-keep]:
             shutil.rmtree(old)
+        self.saved = time.perf_counter()
+        self.save_s = self.saved - began
 
 
 def machine(device):

@@ -1785,6 +1785,25 @@ def start(tmp_path_factory):
     return f"--init {folder} --task mod "
 
 
+def test_checkpoints_that_take_long_are_left_out_but_for_the_last(start, tmp_path, monkeypatch):
+    save = runlog.Run.save
+
+    def slow(run, *args):
+        save(run, *args)
+        assert run.rested  # it took less than a second
+        run.save_s = 2.0
+        assert not run.rested
+        run.saved -= 17.9
+        assert not run.rested
+        run.saved -= 0.2
+        assert run.rested
+        run.saved = time.perf_counter()
+
+    monkeypatch.setattr(runlog.Run, "save", slow)
+    train(tmp_path / "a", start + "--steps 3 --checkpoint-every 1")
+    assert sorted(p.name for p in (tmp_path / "a").glob("step-*")) == ["step-000000", "step-000003"]
+
+
 def untimed(folder):
     """A run's log.csv without its columns of time."""
     log = runlog.read_log(folder / "log.csv")

@@ -122,7 +122,7 @@ class Flags:
     eval_problems: int = 300
     """held-out problems of an evaluation"""
     checkpoint_every: int = 5
-    """RL steps between checkpoints; the newest two and the one after the cold start are kept"""
+    """RL steps between checkpoints, more where they would take a tenth of the time; two are kept"""
 
     eval_samples: Fixed[int] = 8
     """responses to each held-out problem, for pass@1 and pass@k"""
@@ -320,7 +320,8 @@ def train(flags):
                 row |= evaluate(model, tokenizer, flags)
             drops = runlog.summarize_drops(drops, tokenizer, step)
             run.log(row, drops, step_line(row, flags, drops))
-            if step % flags.checkpoint_every == 0 or step == flags.steps or run.stopping:
+            due = step % flags.checkpoint_every == 0 and run.rested
+            if due or step == flags.steps or run.stopping:
                 run.save(model, optimizer, curriculum, step)
     return runlog.finish(run, show_samples(model, tokenizer, flags), *named(flags))
 
@@ -401,7 +402,8 @@ def load_model(flags, stored, device):
     if stored:
         model = checkpoint.load_pretrained(stored, device, torch.float32)
     else:
-        model = new_model(flags).to(device)
+        with torch.device(device):
+            model = new_model(flags)
     if flags.dtype == "bf16" or (flags.dtype == "auto" and device == "cuda"):
         model.compute = torch.bfloat16
     model.recompute = flags.recompute
