@@ -300,13 +300,13 @@ def optional():
         print(f"transformers: {short(error)}", flush=True)
 
 
-def compare(rows, config, dtype, prepare, columns):
+def compare(rows, config, prepare, columns):
     """Columns of transformers' model of the same shape in these rows: three calls of what
     prepare(model, row) returns, as columns(row, seconds).
     """
     with optional():
-        model = on_gpu(transformers.MiniMaxForCausalLM, their_config(config), dtype)
-        model.requires_grad_(dtype == torch.float32)
+        model = on_gpu(transformers.MiniMaxForCausalLM, their_config(config), torch.bfloat16)
+        model.requires_grad_(False)
         for row in rows:
             free()
             with optional():
@@ -340,24 +340,6 @@ def their_pass(model, row, n):
         return partial(model, tokens, **how)
     cache = model(tokens, **how).past_key_values
     return partial(model, tokens[:, :1], past_key_values=cache, **how)
-
-
-def their_step(model, row, n_sequences):
-    """Forward and backward; keeping all activations, or each layer's input only."""
-    model.train().set_experts_implementation("eager")  # its grouped_mm would multiply in fp32
-    if row["recompute"] == "yes":
-        model.gradient_checkpointing_enable()
-    tokens = torch.randint(0, model.config.vocab_size, (n_sequences, row["size"] // n_sequences))
-    tokens = tokens.to(DEVICE)
-
-    def step():
-        model.zero_grad(set_to_none=True)
-        with torch.autocast(DEVICE, torch.bfloat16):
-            how = {"output_router_logits": True, "use_cache": False}
-            loss = model(tokens, labels=tokens, **how).loss
-        loss.backward()
-
-    return step
 
 
 def their_ms(row, seconds):
@@ -441,7 +423,7 @@ def time_rollouts(quick):
         speeds = [row["batch"] * new / s for s in seconds]
         return quartiles("transformers_tokens_per_s", speeds)
 
-    compare(rows, config, torch.bfloat16, prepare, columns)
+    compare(rows, config, prepare, columns)
     return [row | machine for row in rows]
 
 
@@ -473,10 +455,9 @@ def time_model(quick):
 
     config = m1.M1Config(**M1_LAYERS | (QUICK if quick else {}))
     layers = time_layers(config, n, batches, lengths, bandwidth, rate)
-    compare(layers, config, torch.bfloat16, partial(their_pass, n=n), their_ms)
+    compare(layers, config, partial(their_pass, n=n), their_ms)
     config = m1.M1Config(**TRAINED | (QUICK if quick else {}))
     training = time_training(config, 4, L, rate)
-    compare(training, config, torch.float32, partial(their_step, n_sequences=4), their_ms)
     own = {"product_tflops": f"{rate / 1e12:.3g}"} | machine
     return [row | own for row in layers + training]
 

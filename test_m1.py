@@ -2332,7 +2332,7 @@ def test_a_benchmark_tells_the_same_when_it_is_drawn_again_from_its_csv(name, tm
 
 
 @pytest.mark.parametrize(
-    "name", ["length", "forms", "cpu", "kernel", "decode-step", "rollout", "model"]
+    "name", ["length", "forms", "cpu", "kernel", "decode-step", "rollout", "model", "long"]
 )
 def test_committed_benchmarks_are_still_readable(name, tmp_path, capsys):
     shutil.copy(HERE / f"figures/{name}.csv", tmp_path)
@@ -2469,7 +2469,11 @@ def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
     said += [", ".join(f"{row['tokens_per_s']:,.0f}" for row in rows) + " tokens/s"]
     said += [", ".join(f"{row['share']:.2f}" for row in rows) + " of it"]
     model = common.by(committed("model"), "job")
+    said += [", ".join(f"{row['transformers_tokens_per_s']:,.0f}" for row in rows) + " |"]
+    trained = "{tokens_per_s:,.0f} tokens/s, {peak_gb:.1f} GB | {x:.2f} times |"
+    said.append(trained.format(**model["training"][0]))
     for rows in (model["decode"], model["prefill"]):
+        said += [", ".join(f"{row['transformers_ms']:.2f}" for row in rows) + " |"]
         said += [", ".join(f"{row['ms']:.2f}" for row in rows) + " ms"]
         said += [", ".join(f"{row['x']:.2f}" for row in rows) + " times"]
     for row in (row for row in committed("kernel") if row["part"] == "shapes"):
