@@ -182,11 +182,6 @@ class M1Config:
         Path(path).write_text(json.dumps({**kind, **dataclasses.asdict(self)}, indent=2) + "\n")
 
 
-def _need(ok, what):
-    if not ok:
-        raise ValueError(f"config: {what}")
-
-
 # ============================================================================
 # 2. Attention
 # ============================================================================

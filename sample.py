@@ -273,10 +273,8 @@ def rollout_weights(model):
 
 def takes_graphs(model, n):
     """Whether generate replays CUDA graphs for n rows: on a GPU, if no step must ask the device."""
-    x, moe = (
-        torch.empty(n, 0, dtype=model.dtype, device=model.device),
-        model.layers[0].block_sparse_moe,
-    )
+    moe = model.layers[0].block_sparse_moe
+    x = torch.empty(n, 0, dtype=model.dtype, device=model.device)
     form = moe.best_form(x) if moe.form == "auto" else moe.form
     return x.is_cuda and form in ("dense", "grouped_mm")
 
