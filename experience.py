@@ -167,8 +167,8 @@ def response_texts(tokenizer, rollout):
 
 
 def scored(model, tokenizer, problems, seeds, group_size=1, **how):
-    """respond in pieces: ([Score], [tokens]). seeds: what substream makes the sampling's seed
-    of.
+    """respond in pieces of 64 problems, each with a seed of its own, made of `seeds`:
+    ([Score], [tokens]).
     """
     scores, lengths, size = [], [], 64  # larger batches fall out of a CPU's cache
     for start in range(0, len(problems), size):
@@ -226,7 +226,7 @@ def solvable(model, tokenizer, flags, candidates):
 
 def collect(model, tokenizer, problems, flags, sampling, step):
     """Sample G answers to each problem, score them, keep the groups in which some are right and
-    some are wrong (DAPO: whatever form and length earn besides).
+    some are wrong (DAPO); what form and length earn besides decides nothing.
 
     problems: a function that draws n of them. While fewer than min_groups are kept, more prompts
     are drawn, twice at most. Returns a Batch of the kept groups, None if there are still too few,

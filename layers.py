@@ -3,9 +3,9 @@
 What is computed wide (fp32, or fp64 in an fp64 model) and what in the activations' dtype is decided
 here: norms and rotations wide and cast back, products in the dtype of the activations.
 
-Norms, gates and residuals are short formulas of PyTorch on a CPU and in fp64. On a GPU each is one
-kernel, with one more for its gradients (the end of this file), in training and in generation, which
-therefore round alike.
+Norms, gates, residuals and rotations are short formulas of PyTorch on a CPU and in fp64. On a GPU
+each is one kernel (the end of this file), the same in training and in generation, which therefore
+round alike; norms and gates have a second one for gradients.
 
 Dimension key: B batch, L tokens, H heads, K head width, R rotary width, D width; P programs.
 """
@@ -67,7 +67,7 @@ def iota(n, device):
 
 
 def rope_tables(positions, config, dtype):
-    """cos and sin (B, L, 1, R/2) of position * theta^(-2i/R), i < R/2, made in fp64 (released)."""
+    """cos and sin (B, L, 1, R/2) of position * theta^(-2i/R), i < R/2 (released), made in fp64."""
     R = config.rotary_dim
     i = torch.arange(0, R, 2, dtype=torch.float64, device=positions.device)
     angle = positions[..., None, None] * config.rope_theta ** (-i / R)
@@ -86,7 +86,7 @@ def rope(x, cos, sin):
 class Linear(nn.Module):
     """A matrix (n_out, n_in), no bias as everywhere in M1; MiniMaxM1.init_weights fills it.
 
-    As in all of the model the product has the dtype of the activations, which the embedding sets.
+    As in all of the model the product has the dtype of the activations, MiniMaxM1.dtype.
     """
 
     def __init__(self, n_in, n_out):
@@ -97,8 +97,7 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-# ---- norms, gates and residuals in one launch each, where plain PyTorch takes several, each of
-# which moves all numbers through memory
+# ---- the same in one launch each, where PyTorch takes several that all move all numbers
 
 
 def _fast(x):

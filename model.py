@@ -30,6 +30,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from cli import check, command_line, parse, read_json, short
@@ -49,7 +50,7 @@ SIZES = (
 PRESETS = {
     "tiny": dict(zip(SIZES, (272, 64, 8, 4, 2, 16, 64, 4, 2))),  # 0.6 M parameters: a CPU
     "small": dict(zip(SIZES, (272, 256, 8, 8, 2, 32, 256, 8, 2))),  # 15 M: a patient CPU, any GPU
-    "base": dict(zip(SIZES, (272, 768, 16, 12, 2, 64, 2048, 8, 2))),  # 650 M: one GPU
+    "base": dict(zip(SIZES, (272, 768, 16, 12, 2, 64, 2048, 8, 2))),  # 649 M: one GPU
 }
 RESIDUAL = [  # alpha and beta of the residual: after softmax, after lightning attention, after MoE
     f"layernorm_{part}_{factor}"
@@ -71,7 +72,7 @@ class M1Config:
     """The published config.json, key by key; the defaults are the released 456 B model.
 
     None stands for a rule: attn_type_list = softmax (1) in every eighth layer, else lightning (0);
-    rotary_dim = half a head; alpha = (2 L)^(1/4), L layers (ours after DeepNorm where L is not 80).
+    rotary_dim = half a head; alpha = (2 L)^(1/4), L layers (ours but for 80: DeepNorm's rule).
     """
 
     vocab_size: int = 200064
@@ -393,6 +394,7 @@ class _HeadProduct(torch.autograd.Function):
         return torch.mm(*parts, out_dtype=torch.float32)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         hidden, weight, grad = (x.bfloat16() for x in (*ctx.saved_tensors, grad))
         product = functools.partial(torch.mm, out_dtype=torch.float32)
@@ -559,7 +561,7 @@ class MiniMaxM1(nn.Module):
                 least, n = torch.stack([after.min(), after.max().clamp(min=1)]).tolist()
             if n > cache.max_len:
                 raise ValueError(f"the cache holds {cache.max_len} tokens per row, {n} are needed")
-            even = mask is None and reach is None and least == n
+            even = mask is None and reach is None and least == n  # every row's last token sees all
             if not even or (L < n and (L == 1 or not has_flash(self))):
                 at.seen = torch.zeros_like(positions), positions
             row = torch.arange(B, device=device)[:, None].expand(B, L)

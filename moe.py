@@ -1,4 +1,4 @@
-"""Mixture of experts: the router, and six ways to multiply each token with its experts.
+"""Mixture of experts: the router, four forms of one product, and kernels for a step of generation.
 
 All give the same; `loop` is the definition. On a GPU nothing waits for the device: rows are sorted
 by expert, or, for the few tokens of a generation step, counted: sorting would cost a dozen launches
@@ -10,6 +10,7 @@ of almost no work, counting costs two. Such a step takes as long as reading its 
     4. The experts of a step         step_experts: products that read weights once (Triton)
 
 Dimension key: B batch, L tokens, T = B * L, D width, E experts, F expert width, k experts a token.
+A row is one choice of one token, T k in all.
 """
 
 import functools
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from layers import Linear, iota, swiglu, widen
 from lightning_attn import jit, tl, triton
@@ -175,6 +177,7 @@ class _Planned(torch.autograd.Function):
         return sum_rows(y, place, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, w1, w3, w2, token, place, ends, a, b, y = ctx.saved_tensors
         product, k = functools.partial(F.grouped_mm, offs=ends), weight.shape[1]

@@ -9,7 +9,7 @@ meets half of one.
     1. Columns            COLUMNS, DROPPED
     2. Files              new_folder, write_file, read_log
     3. A run              Run: steps, log, save; reopen
-    4. What is shown      summarize_drops, show_drops, summary, reference, draw_curves
+    4. What is shown      summarize_drops, show_drops, finish, reference, draw_curves
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Run:
 
     @property
     def rested(self):
-        """Whether a checkpoint now leaves nine tenths of the time to training; 1 s is nothing."""
+        """Whether a checkpoint now leaves nine tenths of the time to training, or is quick."""
         return self.save_s < 1 or time.perf_counter() - self.saved > 9 * self.save_s
 
     def __enter__(self):
@@ -255,9 +255,7 @@ def machine(device):
 
 
 def last_saved(folder):
-    """Whether a run has a checkpoint to go on from; names the newest one where a kill forbade
-    it.
-    """
+    """Whether a run has a checkpoint; writes `latest` where a kill came before that."""
     saved, log = checkpoint.saved_steps(folder), Path(folder, "log.csv")
     begun = log.exists() and len(read_text(log).splitlines()) > 2  # more than step 0 (and header)
     if not saved and (begun or (Path(folder) / "latest").exists()):

@@ -309,8 +309,8 @@ class Steps:
             self.rows, self.cache = self.rows.select(keep), self.cache.select(keep)
 
     def step(self, rows, cache, out, reach):
-        """One token of every row; rows that have ended stay in their place."""
-        cache.position.mul_(rows.alive)
+        """One token of every row."""
+        cache.position.mul_(rows.alive)  # an ended row stands at 0, so it stays inside the cache
         draw(self.model.decode(rows.token, cache, reach), rows, out, self.ask)
 
     def run(self, used):

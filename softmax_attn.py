@@ -29,7 +29,7 @@ from lightning_attn import jit, tl, triton
 def attend(q, k, v, seen=None, most=2**25):
     """q (B, L, H, K), k, v (B, S, J, K) of one floating dtype -> (B, L, H, K). seen: first and last
     key of every query, (B, L) int64 each; None: the last query sees all keys, the one before one
-    less, and so on (L < S: where has_flash). At most some `most` entries of a mask exist at a time.
+    less, and so on (L < S needs has_flash). At most some `most` entries of a mask exist at a time.
     """
     (B, L), S = q.shape[:2], k.shape[1]
     if q.is_cuda and L == 1 and seen is not None:  # nothing is padded before it: first is 0

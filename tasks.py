@@ -364,7 +364,7 @@ class Curriculum:
         return lambda n: self.mix.draw(rng, n, self.moves)
 
     def observe(self, seen):
-        """Take in what a step's rollouts showed (train_rl.collect) and decide about the next
+        """Take in what a step's rollouts showed (experience.collect) and decide about the next
         step.
         """
         n, limits = self.STEPS, self.growth.limits

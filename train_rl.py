@@ -11,8 +11,8 @@
     4. Around it         measure, begin, banner, step_line, read_flags, main
 
 Where this differs from the textbook: there is no value function and no KL term; groups in which all
-are right or all wrong are dropped; log-probs before the updates are computed again in training
-mode.
+are right or all wrong are dropped; log-probs before the updates are computed anew, by the pass that
+the updates use.
 
 Dimension key: N sequences, L tokens of the longest, G responses per prompt.
 """
@@ -112,9 +112,9 @@ class Flags:
     lr: float | None = None
     """learning rate of RL; None = 2e-4 * 64 / model width"""
     micro_tokens: int | None = None
-    """tokens per forward and backward pass, gradients of several are added; None = all at once"""
+    """most tokens of a pass, in whole responses; gradients add up, at the cost of one more pass"""
     recompute: bool = False
-    """compute activations again when going backward: less memory, a third more time"""
+    """compute activations again when going backward: less memory, a quarter more time"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     eval_every: int = 5
@@ -122,7 +122,7 @@ class Flags:
     eval_problems: int = 300
     """held-out problems of an evaluation"""
     checkpoint_every: int = 5
-    """RL steps between checkpoints, more where they would take a tenth of the time; two are kept"""
+    """RL steps between checkpoints; fewer are made where they would take a tenth of the time"""
 
     eval_samples: Fixed[int] = 8
     """responses to each held-out problem, for pass@1 and pass@k"""
@@ -140,10 +140,8 @@ class Flags:
         check(self, updates_per_rollout=(1, self.prompts), min_groups=(1, self.prompts))
         check(self, micro_tokens=(1, 10**9), lr=(1e-12, 10), eval_samples=(1, 1000))
         shape = self.preset or self.softmax_every is not None
-        harder, slow = (
-            hardest and hardest < self.mix.moves,
-            self.mix.moves * self.eval_problems > 10**7,
-        )
+        harder = hardest and hardest < self.mix.moves
+        slow = self.mix.moves * self.eval_problems > 10**7
         buffer, shortest = self.recipe.overlong_buffer, limits[0] if limits else self.longest()
         refused = [
             (self.init and shape, "--init brings its model: no --preset, no --softmax-every"),
@@ -299,7 +297,7 @@ def train(flags):
                 batch = batch._replace(advantages=advantages)
                 slices = batch.slices(flags.updates_per_rollout, G)
                 forward = functools.partial(passes, model, temperature=temperature, most=most)
-                with torch.no_grad():  # not the sampler's: made alike, the first ratio is exactly 1
+                with torch.no_grad():  # by the same passes: the first ratio is exactly 1
                     old = [list(forward(part)) for part in slices]
                 for part, before in zip(slices, old):
                     weights, parts = cispo.token_weights(part.trained, weighting, G), []
@@ -361,7 +359,7 @@ def measure(slices, old, watched, recipe, longest):
     for part, before, (norm, parts) in zip(slices, old, watched):
         losses, log_ratio, dropped, auxs = zip(*parts)
         logp, log_ratio, dropped = map(torch.cat, ([p.logp for p in before], log_ratio, dropped))
-        aux = auxs[-1]
+        aux = auxs[-1]  # the loads of all passes are the whole slice's; a layer's sum is k
         load = aux.expert_load / aux.expert_load.sum(1, keepdim=True).round()  # (layers, E)
         beyond = (load - CAPACITY / load.shape[1]).clamp(min=0).sum(1).mean()
         router_loss = float(sum(aux.router_loss.detach() for aux in auxs))
@@ -518,7 +516,9 @@ def step_line(row, flags, drops=()):
     return line.format(**row, often=often)
 
 
-CHANGEABLE = "steps checkpoint_every device micro_tokens recompute resume".split()  # by --resume
+CHANGEABLE = (
+    "steps checkpoint_every device micro_tokens recompute max_rows resume".split()
+)  # by --resume
 SCORED = "eval eval_problems task moves min_moves max_new_tokens seed device dtype".split()
 
 
@@ -539,9 +539,7 @@ def stored_flags(path):
 
 
 def read_flags(argv):
-    """argv -> Flags; what it leaves out comes from the run that --resume, --eval or --init
-    names.
-    """
+    """argv -> Flags; what it leaves out comes from the run of --resume, --eval or --init."""
     title, first = __doc__.splitlines()[0], argparse.ArgumentParser(add_help=False)
     for name in ("resume", "eval", "init", "out"):
         first.add_argument(f"--{name}", nargs="?")
