@@ -190,7 +190,8 @@ def policy_loss(logp, old_logp, advantages, weights, recipe=Recipe()):
     logp       log-probs of the tokens under the model being trained, (N, T), or (T,) when packed
     old_logp   the same before the first update of this rollout, no gradient
     advantages (N,) for (N, T) tokens, or of logp's shape
-    weights    from token_weights; where 0 (prompt, padding) the others may hold anything
+    weights    from token_weights; where 0 (prompt, padding) the others may hold anything. A pass
+               that is a part of an update may have zeros alone: its loss is 0
 
     Returns (loss, log_ratio, dropped): a scalar in logp's dtype; log r where weights > 0, else 0;
     bool, the tokens outside the trust region, which masked algorithms drop and others keep. Raises
@@ -220,8 +221,8 @@ def _check(trained, **tensors):
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"all must share one shape, found {shapes}")
-    if not (tensors["weights"] >= 0).all() or not trained.any():
-        raise ValueError("weights must be numbers >= 0, and somewhere positive")
+    if not (tensors["weights"] >= 0).all():
+        raise ValueError("weights must be numbers >= 0")
     for name, x in tensors.items():
         if bad := int((~x[trained].isfinite()).sum()):
             raise ValueError(f"{name} is not finite for {bad} of {int(trained.sum())} tokens")

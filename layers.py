@@ -76,7 +76,7 @@ def rope_tables(positions, config, dtype):
 
 def rope(x, cos, sin):
     """x (B, L, H, K): dims i and i + R/2 of every head rotate, i < R/2, in fp32; the rest pass."""
-    if _fast(x):
+    if _fast(x) and cos.shape[-1]:
         return _run(_launch_rope, _Rope, x, cos, sin)
     half = cos.shape[-1]
     a, b, rest = widen(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)

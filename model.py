@@ -377,7 +377,9 @@ def _times_bf16(hidden, weight):
     hidden is three bf16 parts to fp32's last bit, and products are summed in fp32.
     """
     parts = torch.cat(_bf16_parts(hidden, 3))
-    return torch.mm(parts, weight.T, out_dtype=torch.float32).view(3, len(hidden), -1).sum(0)
+    return (
+        torch.mm(parts, weight.T, out_dtype=torch.float32).view(3, len(hidden), len(weight)).sum(0)
+    )
 
 
 class _HeadProduct(torch.autograd.Function):

@@ -206,7 +206,8 @@ def plan(chosen, n_experts):
     choices, (T, k) = chosen.flatten(), chosen.shape
     order = choices.argsort(stable=True)
     ends = torch.searchsorted(choices[order], iota(n_experts, chosen.device), right=True).int()
-    place = torch.empty_like(order).scatter_(0, order, iota(T * k, chosen.device))
+    rows = torch.arange(T * k, device=chosen.device)
+    place = torch.empty_like(order).scatter_(0, order, rows)
     return order // k, place, ends
 
 
@@ -262,7 +263,9 @@ def _route(logits, weight, token, place, ends, T, E, K: constexpr, BT: constexpr
     """All tokens in one program: the best k of every row, then the rows of every expert."""
     t, e = tl.arange(0, BT), tl.arange(0, BE)
     inside = (t < T)[:, None] & (e < E)[None, :]
-    scores = tl.load(logits + t[:, None] * E + e[None, :], mask=inside, other=-float("inf"))
+    scores = tl.load(logits + t[:, None] * E + e[None, :], mask=inside, other=0.0)
+    scores = tl.where(scores > -3e38, scores, -3e38)  # also nan: an expert is taken once at most
+    scores = tl.where(inside, scores, -float("inf"))
     best, total = tl.where(t < T, tl.max(scores, 1), 0.0), tl.zeros([BT], dtype=tl.float32)
     left, hits = scores, tl.zeros([BT, BE], dtype=tl.int32)
     for _ in tl.static_range(K):

@@ -63,7 +63,7 @@ class Sampling:
     repetition_stop: int = 3000
     """tokens in a row of p > 0.99 that end a response; 0 = off (report sec. 3.2)"""
     max_rows: int | None = None
-    """responses at a time, to save memory; others begin where one has ended; None = all"""
+    """responses at a time, in whole groups, to save memory; others wait for rows; None = all"""
 
     def __post_init__(self):
         check(self, temperature=(0.01, 100), max_new_tokens=(1, 10**7), repetition_stop=(0, 10**7))
@@ -260,15 +260,18 @@ def rollout_weights(model):
     """
     if model.compute in (None, model.embed_tokens.weight.dtype):
         return model
-    if model not in _copies:
-        _copies[model] = copied = copy.deepcopy(model).requires_grad_(False)
-        for name, p in copied.named_parameters():
-            if p.ndim > 1 and not (".gate." in name or "lm_head" in name):
-                p.data = p.data.to(model.compute)
+    copied = _copies.get(model)
+    if copied is None or (copied.dtype, copied.device) != (model.dtype, model.device):
+        memo = {}  # what deepcopy takes for copies of the parameters
+        for name, p in model.named_parameters():
+            wide = p.ndim == 1 or ".gate." in name or "lm_head" in name
+            x = torch.empty_like(p, dtype=p.dtype if wide else model.compute)
+            memo[id(p)] = torch.nn.Parameter(x, requires_grad=False)
+        _copies[model] = copied = copy.deepcopy(model, memo)
         copied.compute = None
-    for own, p in zip(_copies[model].parameters(), model.parameters()):
+    for own, p in zip(copied.parameters(), model.parameters()):
         own.data.copy_(p.data)
-    return _copies[model]
+    return copied
 
 
 def takes_graphs(model, n):
@@ -326,7 +329,7 @@ class Graphs(Steps):
     change where they lie.
     """
 
-    LOOK, KEPT = 16, 4
+    LOOK, KEPT = 16, 6
     _of = weakref.WeakKeyDictionary()  # model -> {settings: Graphs}, the last KEPT
 
     def __init__(self, model, ask, size, n, max_len):
@@ -351,8 +354,8 @@ class Graphs(Steps):
 
     @classmethod
     def forget(cls, model):
-        """Give the memory of a model's graphs back."""
-        cls._of.pop(model, None)
+        """Give the memory of a model's graphs, and of its rollout weights, back."""
+        cls._of.pop(_copies.pop(model, model), None)
 
     @staticmethod
     def _up(n):

@@ -742,6 +742,10 @@ def test_counting_rows_of_experts_gives_what_sorting_gives(T, E, k):
     with torch.no_grad():
         assert experts.can_route(x, E) and not experts.can_route(torch.empty(4097, 1), 4)
         weight, (token, place, ends) = experts.route(x, gate, k)
+        broken = gate.clone()
+        broken[1:] = torch.nan  # then still k experts for every token
+        taken = experts.route(x, broken, k)[1][1]
+    assert sorted(taken.tolist()) == list(range(T * k))
     torch.testing.assert_close(weight, probs / probs.sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
     for mine, sorted_ in zip((token, place, ends), experts.plan(chosen, E)):
         assert torch.equal(mine, sorted_) and mine.dtype == sorted_.dtype
@@ -1262,7 +1266,14 @@ def test_a_response_does_not_depend_on_those_beside_it_nor_on_graphs(rollout, mo
         assert worst(plain.logp, engine.logp) < 1e-5
         ended |= {*plain.ended}
     assert len(sample.Graphs._of[model]) == 4 and ended > {"eos", "length"}
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()  # graphs hold addresses
+    monkeypatch.setattr(sample, "takes_graphs", lambda *_: True)
+    before = set(sample.Graphs._of[model])
     alone = sample.generate(model, prompts[:1], **kw | {"group_size": 2})
+    sample.generate(model, prompts, **kw)
+    assert len(set(sample.Graphs._of[model]) - before) == 2
+    sample.Graphs.forget(model)
+    assert model not in sample.Graphs._of
     n = alone.tokens.shape[1]
     assert torch.equal(alone.tokens, plain.tokens[:2, :n]) and alone.ended == plain.ended[:2]
 
@@ -1386,6 +1397,35 @@ def test_an_update_in_several_passes_has_the_gradients_of_one(most, sizes, recom
     assert all(worst(*pair) < 1e-12 for pair in zip(*gradients))
     assert [len(batch.tokens[rows]) for rows in batch.pieces(most)] == sizes
     assert calls.count(True) == 1 + len(sizes) * (2 if recompute else 1)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_batch_is_packed_where_flash_attention_takes_it(learns, rollout, monkeypatch):
+    """On a CPU packed attention falls back to one sequence after another."""
+    model, (_, prompts, _, found) = small_model(vocab_size=272), rollout
+    batch, results = batch_of(prompts, found, [0.0, 1.0] * 6), []
+    hidden = mock.Mock(wraps=model.hidden)
+    monkeypatch.setattr(model, "hidden", hidden)
+    for packs in (False, True):
+        monkeypatch.setattr(m1, "has_flash", lambda x, packs=packs: packs)
+        with torch.set_grad_enabled(learns):
+            logp, entropy, aux = experience.trained_logp(model, batch, 0.7)
+        results.append([logp.detach(), entropy, *(x.detach() for x in aux)])
+    padded, packed = (call.args[0].shape for call in hidden.call_args_list)
+    assert padded[0] == 12 and packed == (1, int(batch.mask[:, :-1].sum()))
+    assert all(worst(*pair) < 1e-12 for pair in zip(*results))
+
+
+def test_a_pass_with_nothing_to_train_on_adds_the_router_loss_alone(rollout):
+    model, (_, prompts, _, found) = small_model(vocab_size=272), rollout
+    batch = batch_of(prompts, found, [0.0, 1.0] * 6)
+    batch.trained[3:] = False
+    weights, losses = cispo.token_weights(batch.trained), []
+    for rows, logp, _, aux in experience.passes(model, batch, 1.0, 1):
+        loss, *_ = cispo.policy_loss(logp, logp.detach(), batch.rewards[rows], weights[rows])
+        (loss + aux.router_loss).backward()
+        losses.append(float(loss.detach()))
+    assert len(losses) == 12 and not any(losses[3:]) and any(losses[:3])
 
 
 def answer(patch, rewards, **changes):
@@ -1813,6 +1853,32 @@ def test_checkpoints_that_take_long_are_left_out_but_for_the_last(start, tmp_pat
     monkeypatch.setattr(runlog.Run, "save", slow)
     train(tmp_path / "a", start + "--steps 3 --checkpoint-every 1")
     assert sorted(p.name for p in (tmp_path / "a").glob("step-*")) == ["step-000000", "step-000003"]
+
+
+def test_flags_that_save_memory_change_passes_rows_and_layers_but_not_what_is_learnt(
+    start, tmp_path, monkeypatch
+):
+    tokens, again, rows = [], [], []
+    real, checkpointed, drawn = experience.trained_logp, m1.checkpoint, sample.draw
+
+    def trained_logp(model, batch, *args):
+        tokens.append((len(batch.tokens), int(batch.mask.sum())))
+        return real(model, batch, *args)
+
+    monkeypatch.setattr(experience, "trained_logp", trained_logp)
+    monkeypatch.setattr(m1, "checkpoint", lambda *x, **y: again.append(0) or checkpointed(*x, **y))
+    monkeypatch.setattr(sample, "draw", lambda x, *y: rows.append(len(x)) or drawn(x, *y))
+    train(tmp_path / "a", start + "--steps 2")
+    assert not again and max(rows) > 8 and max(n for _, n in tokens) > 60
+    tokens.clear(), rows.clear()
+    train(tmp_path / "b", start + "--steps 1 --micro-tokens 60 --recompute --max-rows 8")
+    assert again and max(rows) <= 8 and all(n <= 60 or N == 1 for N, n in tokens)
+    resume(tmp_path / "b", "--steps 2 --no-recompute --micro-tokens 40 --max-rows 4")
+    for plain, frugal in zip(untimed(tmp_path / "a"), untimed(tmp_path / "b")):
+        both = plain.keys() & frugal.keys()  # the second run was also evaluated after step 1
+        assert {"loss", "grad_norm", "router_loss", "busiest_expert"} < both or not plain["step"]
+        for name in both:
+            assert plain[name] == pytest.approx(frugal[name], rel=1e-2, abs=1e-4), name
 
 
 def untimed(folder):

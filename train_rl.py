@@ -175,8 +175,8 @@ class Flags:
 
     def limits(self, moves=None):
         """What ends the responses of evaluations: arguments of sample.generate."""
-        stop = self.sampling.repetition_stop
-        return {"max_new_tokens": self.longest(moves), "repetition_stop": stop}
+        same = {name: getattr(self.sampling, name) for name in ("repetition_stop", "max_rows")}
+        return same | {"max_new_tokens": self.longest(moves)}
 
 
 @functools.lru_cache(maxsize=64)
@@ -519,7 +519,7 @@ def step_line(row, flags, drops=()):
 CHANGEABLE = (
     "steps checkpoint_every device micro_tokens recompute max_rows resume".split()
 )  # by --resume
-SCORED = "eval eval_problems task moves min_moves max_new_tokens seed device dtype".split()
+SCORED = "eval eval_problems task moves min_moves max_new_tokens max_rows seed device dtype".split()
 
 
 def stored_flags(path):
