@@ -2643,7 +2643,7 @@ def test_help_waits_for_neither_torch_nor_pictures_and_a_typo_gets_a_suggestion(
 
 def test_the_readmes_places_stand_where_it_says():
     places = re.findall(r"\| \[(\S+):(\d+)\]\(\S+#L(\d+)\) `(.+?)` \|", README)
-    assert len(places) == 10
+    assert len(places) == 8
     loop = re.search(r"\[the loop\]\(train_rl.py#L(\d+)\)", README).group(1)
     for file, n, again, text in [*places, ("train_rl.py", loop, loop, "def train(flags):")]:
         assert n == again and text in (HERE / file).read_text().splitlines()[int(n) - 1], text
