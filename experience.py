@@ -124,11 +124,11 @@ def passes(model, batch, temperature=1.0, most=None):
     if len(pieces) > 1 and torch.is_grad_enabled():
         with torch.no_grad():
             loads = [p.aux.expert_load for p in passes(model, batch, temperature, most)]
-        load = sum(part * own for part, own in zip(share, loads))
-    for rows, part in zip(pieces, share):
+        load = sum(fraction * own for fraction, own in zip(share, loads))
+    for rows, fraction in zip(pieces, share):
         logp, entropy, aux = trained_logp(model, batch.part(rows), temperature)
         if load is not None:
-            aux = aux._replace(router_loss=part * aux.loss_at(load), expert_load=load)
+            aux = aux._replace(router_loss=fraction * aux.loss_at(load), expert_load=load)
         yield Pass(rows, logp, entropy, aux)
 
 

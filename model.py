@@ -30,11 +30,20 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from cli import check, command_line, parse, read_json, short
-from layers import Linear, RMSNorm, residual, rms_norm, rope, rope_tables, widen
+from layers import (
+    HeadProduct,
+    Linear,
+    RMSNorm,
+    residual,
+    rms_norm,
+    rope,
+    rope_tables,
+    times_bf16,
+    widen,
+)
 from lightning_attn import check_boundaries, decay_slopes, lightning_attention, lightning_step
 from moe import MoE, SharedMLP
 from softmax_attn import attend, attend_packed, has_flash
@@ -362,47 +371,6 @@ class Aux(NamedTuple):
         return load.shape[1] * (load * self.expert_prob).sum(1).mean()
 
 
-def _bf16_parts(x, n):
-    """n bf16 tensors whose sum is x to 8 n bits."""
-    parts = []
-    for _ in range(n):
-        parts.append(x.bfloat16())
-        x = x - parts[-1].float()
-    return parts
-
-
-def _times_bf16(hidden, weight):
-    """hidden (N, D) fp32 times bf16 weight (W, D), which as fp32 would be twice the bytes.
-
-    hidden is three bf16 parts to fp32's last bit, and products are summed in fp32.
-    """
-    parts = torch.cat(_bf16_parts(hidden, 3))
-    return (
-        torch.mm(parts, weight.T, out_dtype=torch.float32).view(3, len(hidden), len(weight)).sum(0)
-    )
-
-
-class _HeadProduct(torch.autograd.Function):
-    """hidden (N, D) times weight (W, D), both fp32, where a GPU multiplies bf16 14 times as fast:
-    both are two bf16 parts to 16 bits, and the three larger of four products are summed in fp32,
-    which is right to 1e-5. Gradients are rounded to bf16 once, as those of all layers.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight):
-        ctx.save_for_backward(hidden, weight)
-        (a, b), (c, d) = (_bf16_parts(x, 2) for x in (hidden, weight))
-        parts = torch.cat([a, a, b], 1), torch.cat([c, d, c], 1).T
-        return torch.mm(*parts, out_dtype=torch.float32)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        hidden, weight, grad = (x.bfloat16() for x in (*ctx.saved_tensors, grad))
-        product = functools.partial(torch.mm, out_dtype=torch.float32)
-        return product(grad, weight), product(grad.T, hidden)
-
-
 class MiniMaxM1(nn.Module):
     """The language model. Two layouts of a batch and no third:
 
@@ -495,9 +463,9 @@ class MiniMaxM1(nn.Module):
         rows, shape = hidden.flatten(0, -2), (*hidden.shape[:-1], len(weight))
         with torch.autocast(self.device.type, enabled=False):
             if weight.is_cuda and weight.dtype == half and not torch.is_grad_enabled():
-                return _times_bf16(rows, weight).view(shape)
+                return times_bf16(rows, weight).view(shape)
             if weight.is_cuda and self.compute == half and weight.dtype == torch.float32:
-                return _HeadProduct.apply(rows, weight).view(shape)
+                return HeadProduct.apply(rows, weight).view(shape)
             return self.lm_head(hidden)
 
     def logp(

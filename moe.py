@@ -5,7 +5,7 @@ by expert, or, for the few tokens of a generation step, counted: sorting would c
 of almost no work, counting costs two. Such a step takes as long as reading its experts' weights.
 
     1. The layer                     MoE, SharedMLP
-    2. Rows of experts, by sorting   plan: for any number of tokens
+    2. Rows of experts, by sorting   plan, and the products over rows: for any number of tokens
     3. Rows of experts, by counting  route: logits, best k, weights and plan (Triton)
     4. The experts of a step         step_experts: products that read weights once (Triton)
 
@@ -159,6 +159,20 @@ class SharedMLP(nn.Module):
 # ============================================================================
 
 
+def plan(chosen, n_experts):
+    """Choices (T, k) of experts, sorted by expert: (token, place, ends).
+
+    token (T k,) int64: of every sorted row; place (T k,) int64: row of every choice; ends (E,)
+    int32: where each expert's rows end. Nothing waits for the device.
+    """
+    choices, (T, k) = chosen.flatten(), chosen.shape
+    order = choices.argsort(stable=True)
+    ends = torch.searchsorted(choices[order], iota(n_experts, chosen.device), right=True).int()
+    rows = torch.arange(T * k, device=chosen.device)
+    place = torch.empty_like(order).scatter_(0, order, rows)
+    return order // k, place, ends
+
+
 class _Planned(torch.autograd.Function):
     """x (T, D), weight (T, k), the experts, and a plan -> (T, D).
 
@@ -197,18 +211,32 @@ class _Planned(torch.autograd.Function):
         return dx, d_weight.to(weight.dtype), *d_experts, None, None, None
 
 
-def plan(chosen, n_experts):
-    """Choices (T, k) of experts, sorted by expert: (token, place, ends).
+def sum_rows(y, place, weight, dtype=None):
+    """Rows `place` (T k,) of y, times weight (T, k), summed over k: (T, D); on a GPU in fp32.
 
-    token (T k,) int64: of every sorted row; place (T k,) int64: row of every choice; ends (E,)
-    int32: where each expert's rows end. Nothing waits for the device.
+    y (T k, D), or (T k, S, D) to be summed over S, too. dtype: of the sum; None = y's.
     """
-    choices, (T, k) = chosen.flatten(), chosen.shape
-    order = choices.argsort(stable=True)
-    ends = torch.searchsorted(choices[order], iota(n_experts, chosen.device), right=True).int()
-    rows = torch.arange(T * k, device=chosen.device)
-    place = torch.empty_like(order).scatter_(0, order, rows)
-    return order // k, place, ends
+    (T, k), D = weight.shape, y.shape[-1]
+    if triton is None or not (y.is_cuda or y.ndim == 3) or y.dtype == torch.float64:
+        return (y.index_select(0, place).view(T, k, D) * weight[..., None].to(y.dtype)).sum(1)
+    out = torch.empty(T, D, dtype=dtype or y.dtype, device=y.device)
+    S = y[0].numel() // D
+    with torch.cuda.device_of(y):
+        _sum_rows[(T, triton.cdiv(D, 1024))](y, place, weight, out, D, k, S, 1024)
+    return out
+
+
+@jit
+def _sum_rows(y, place, weight, out, D, K: constexpr, S: constexpr, BD: constexpr):
+    """1,024 columns of one token."""
+    t, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
+    total = tl.zeros([BD], dtype=tl.float32)
+    for j in tl.static_range(K):
+        row, share = tl.load(place + t * K + j), tl.load(weight + t * K + j)
+        for s in tl.static_range(S):
+            part = tl.load(y + (row * S + s) * D + d, mask=d < D, other=0.0).to(tl.float32)
+            total += share * part
+    tl.store(out + t * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
 # ============================================================================
@@ -286,34 +314,6 @@ def _route(logits, weight, token, place, ends, T, E, K: constexpr, BT: constexpr
         tl.store(weight + t * K + j, share, mask=t < T)
         tl.store(place + t * K + j, at.to(tl.int64), mask=t < T)
         tl.store(token + at, t.to(tl.int64), mask=t < T)
-
-
-def sum_rows(y, place, weight, dtype=None):
-    """Rows `place` (T k,) of y, times weight (T, k), summed over k: (T, D); on a GPU in fp32.
-
-    y (T k, D), or (T k, S, D) to be summed over S, too. dtype: of the sum; None = y's.
-    """
-    (T, k), D = weight.shape, y.shape[-1]
-    if triton is None or not (y.is_cuda or y.ndim == 3) or y.dtype == torch.float64:
-        return (y.index_select(0, place).view(T, k, D) * weight[..., None].to(y.dtype)).sum(1)
-    out = torch.empty(T, D, dtype=dtype or y.dtype, device=y.device)
-    S = y[0].numel() // D
-    with torch.cuda.device_of(y):
-        _sum_rows[(T, triton.cdiv(D, 1024))](y, place, weight, out, D, k, S, 1024)
-    return out
-
-
-@jit
-def _sum_rows(y, place, weight, out, D, K: constexpr, S: constexpr, BD: constexpr):
-    """1,024 columns of one token."""
-    t, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
-    total = tl.zeros([BD], dtype=tl.float32)
-    for j in tl.static_range(K):
-        row, share = tl.load(place + t * K + j), tl.load(weight + t * K + j)
-        for s in tl.static_range(S):
-            part = tl.load(y + (row * S + s) * D + d, mask=d < D, other=0.0).to(tl.float32)
-            total += share * part
-    tl.store(out + t * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
 # ============================================================================

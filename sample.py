@@ -422,14 +422,14 @@ def generate(model, prompts, *, on_tokens=None, cache=None, **request):
     """
     ask, start, model = Request(**request), time.perf_counter(), rollout_weights(model)
     ask.check(model, prompts, cache)
-    G, device, talk = ask.group_size, model.device, cache is not None
+    G, device = ask.group_size, model.device
     n, size = len(prompts) * G, G * min(len(prompts), max((ask.max_rows or 2**40) // G, 1))
     shape, max_len = (model, ask, size, n), max(map(len, prompts)) + ask.max_new_tokens
-    if talk or on_tokens or not takes_graphs(model, size):
+    if cache is not None or on_tokens or not takes_graphs(model, size):
         steps = Steps(*shape, max_len, cache)
     else:
         steps = Graphs.of(*shape, max_len)
-    random_numbers, begun = streams(ask.seed, n, device), 0
+    numbers, begun = streams(ask.seed, n, device), 0
     while True:
         rows = steps.rows
         state = torch.stack([rows.alive.sum(), steps.out.broken[0], steps.cache.position.max()])
@@ -446,7 +446,7 @@ def generate(model, prompts, *, on_tokens=None, cache=None, **request):
             )
             number, slots = torch.arange(begun, last, device=device), (~rows.alive).nonzero()[:, 0]
             origin = (number - begun) // G
-            fresh = Rows.new(number, random_numbers, thinking[origin], True)
+            fresh = Rows.new(number, numbers, thinking[origin], True)
             steps.begin(slots[: len(number)], fresh, own, origin, logits)
             begun, drew = last, number
         elif n_alive == 0:

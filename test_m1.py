@@ -2541,7 +2541,7 @@ def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
     said.append(f"{committed('decode-step')[-1]['triton_x']:.2f} times the time that memory needs")
     base = committed("base-summary")[0]
     took = "took {seconds:.0f} s from its cold start to accuracy {accuracy_end:.3f}"
-    said.append(took.format(**base))
+    said += [took.format(**base), "{other_s:.0f} s for {cold_start_steps:.0f} steps".format(**base)]
     rows = committed("rollout")
     said += [", ".join(f"{row['tokens_per_s']:,.0f}" for row in rows) + " tokens/s"]
     said += [", ".join(f"{row['share']:.2f}" for row in rows) + " of it"]

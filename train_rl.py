@@ -339,8 +339,9 @@ def measure(slices, old, watched, recipe, longest):
     """
     trained, A = (torch.cat([getattr(p, x) for p in slices]) for x in ("trained", "advantages"))
     infer_logp = torch.cat([part.infer_logp for part in slices])[trained]
-    before = [p for part in old for p in part]
-    old_logp, entropy = (torch.cat([p[i] for p in before])[trained] for i in (1, 2))
+    everything = [p for part in old for p in part]
+    old_logp = torch.cat([p.logp for p in everything])[trained]
+    entropy = torch.cat([p.entropy for p in everything])[trained]
     gap = (old_logp - infer_logp).abs()
     row = {
         "entropy": float(entropy.mean()),
@@ -516,9 +517,8 @@ def step_line(row, flags, drops=()):
     return line.format(**row, often=often)
 
 
-CHANGEABLE = (
-    "steps checkpoint_every device micro_tokens recompute max_rows resume".split()
-)  # by --resume
+# what --resume and --eval may change
+CHANGEABLE = "steps checkpoint_every device micro_tokens recompute max_rows resume".split()
 SCORED = "eval eval_problems task moves min_moves max_new_tokens max_rows seed device dtype".split()
 
 
