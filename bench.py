@@ -32,7 +32,7 @@ from tyro.conf import Positional
 
 import bench_gpu
 import cispo
-import sample
+import engine
 import train_rl
 from bench_gpu import draw, measured, race, their_config, their_generate, used
 from cli import Late, command_line, parse, torch
@@ -280,7 +280,7 @@ def our_side():
 
     def generate(prompts, n, **how):
         how |= {"max_new_tokens": n, "eos_id": -1, "seed": 0}
-        return sample.generate(model, prompts.tolist(), **how)
+        return engine.generate(model, prompts.tolist(), **how)
 
     def experience(prompts, n):
         rollout, asked = generate(prompts, n, group_size=G), prompts.repeat_interleave(G, 0)

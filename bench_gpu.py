@@ -19,7 +19,7 @@ from itertools import product
 from statistics import median
 from timeit import timeit
 
-import sample
+import engine
 from cli import Late, short, torch
 from cli import model as m1
 from studies.common import by, draw_curve, picture, print_table, quartiles, recorded
@@ -406,14 +406,14 @@ def time_rollouts(quick):
     for batch in (1, 4) if quick else (1, 64, 256, 1024):
         prompts = torch.randint(0, 512, (batch, prompt)).tolist()
         how = {"max_new_tokens": new, "eos_id": -1, "repetition_stop": 0}
-        runs = [partial(sample.generate, model, prompts, seed=seed, **how) for seed in range(4)]
+        runs = [partial(engine.generate, model, prompts, seed=seed, **how) for seed in range(4)]
         seconds = [run().seconds for run in runs][1:]  # the first records the graphs
         floor = batch * bandwidth / step_bytes(model, batch, prompt + new / 2)
         speeds = [batch * new / s for s in seconds]
         row = {"batch": batch, "step_ms": f"{median(seconds) / new * 1e3:.4g}"}
         row |= quartiles("tokens_per_s", speeds) | {"floor_per_s": f"{floor:.5g}"}
         rows.append(row | {"share": f"{median(speeds) / floor:.3f}"})
-        sample.Graphs.forget(model)
+        engine.Graphs.forget(model)
 
     def prepare(theirs, row):
         prompts = torch.randint(0, 512, (row["batch"], prompt), device=DEVICE)

@@ -157,6 +157,17 @@ def unflat(settings, values):
     return settings(**kw)
 
 
+def pick_device(name):
+    """The device that --device names; ValueError for one that this machine does not have."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}; choose from auto, cpu, cuda")
+    if name != "cpu" and torch.cuda.is_available():
+        return "cuda"
+    if name == "cuda":
+        raise ValueError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    return "cpu"
+
+
 def read_text(path, most=2**28):
     """The content of a text file of at most `most` bytes; ValueError says why there is none."""
     path = Path(path)

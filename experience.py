@@ -21,7 +21,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import cispo
-import sample
+import engine
 import tasks
 from cli import model as m1
 from cli import short, torch
@@ -80,7 +80,7 @@ def make_batch(prompts, responses, learned, device, rewards=None, infer_logp=Non
         rows = [torch.nn.functional.pad(v, (len(p) - 1, 0)) for v, p in zip(rows, prompts)]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
 
-    tokens, mask = sample.left_pad([[*p, *r] for p, r in zip(prompts, responses)], 0, device)
+    tokens, mask = engine.left_pad([[*p, *r] for p, r in zip(prompts, responses)], 0, device)
     if rewards is None:
         return Batch(tokens, mask, align(learned))
     rewards = torch.tensor(rewards, device=device)
@@ -140,12 +140,12 @@ def passes(model, batch, temperature=1.0, most=None):
 def respond(model, tokenizer, problems, seed, group_size=1, **how):
     """group_size responses to each problem and their scores: (Rollout, [tasks.Score] * N).
 
-    how: max_new_tokens and further arguments of sample.generate. Where a verifier raises, the score
+    how: max_new_tokens and further arguments of engine.generate. Where a verifier raises, the score
     is tasks.CRASHED.
     """
     prompts = [tokenizer.encode(p.prompt) for p in problems]
     how |= tokenizer.ids() | {"group_size": group_size, "seed": seed}
-    rollout, scores = sample.generate(model, prompts, **how), []
+    rollout, scores = engine.generate(model, prompts, **how), []
     for i, text in enumerate(response_texts(tokenizer, rollout)):
         closed = int((rollout.tokens[i] == tokenizer.think_end_id).sum())
         spelled = text.count(tasks.THINK_END) != closed  # byte by byte it is not the token

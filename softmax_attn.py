@@ -17,7 +17,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from lightning_attn import jit, tl, triton
 
@@ -66,6 +65,8 @@ def _flash(q, k, v, *ends_and_longest):
     """Causal attention inside packed sequences: q (T, H, K), k and v (S, J, K), boundaries of both,
     longest of both. The last query of a sequence sees all its keys, the one before one less.
     """
+    from torch.nn.attention.varlen import varlen_attn  # imports a compiler: a second
+
     grouped = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # 2.13
     return varlen_attn(q, k, v, *ends_and_longest, window_size=(-1, 0), **grouped)
 

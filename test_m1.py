@@ -48,6 +48,7 @@ import bench
 import bench_gpu
 import cispo
 import cli
+import engine
 import experience
 import layers
 import lightning_attn
@@ -180,7 +181,7 @@ def test_prefill_in_pieces_then_decoding_gives_the_released_logits(released, ref
 
 def test_greedy_generation_gives_the_released_tokens(released, reference):
     how = dict(max_new_tokens=24, temperature=0, eos_id=-1, seed=0)
-    rollout = sample.generate(reference, released["short_ids"][:1].tolist(), **how)
+    rollout = engine.generate(reference, released["short_ids"][:1].tolist(), **how)
     assert rollout.tokens[0].tolist() == released["greedy_ids"][0].tolist()
 
 
@@ -473,7 +474,7 @@ def test_packed_and_left_padded_sequences_get_what_each_gets_alone():
     assert worst(model(packed, cu_seqlens=bounds)[0], torch.cat(alone)) < 1e-12
     _, routed = model.hidden(packed, cu_seqlens=bounds)
     for junk in (0, 271):  # whatever stands in the padding
-        tokens, mask = sample.left_pad(sequences, junk, "cpu")
+        tokens, mask = engine.left_pad(sequences, junk, "cpu")
         logits = model(tokens, mask=mask)
         assert all(worst(logits[row, mask[row]], right) < 1e-12 for row, right in enumerate(alone))
         _, aux = model.hidden(tokens, mask=mask)
@@ -594,7 +595,7 @@ def test_rows_of_a_cache_continue_with_different_numbers_of_tokens_and_can_be_gi
 
     def advance(*lengths):
         new = [torch.randint(272, (n,)) for n in lengths]
-        tokens, mask = sample.left_pad(new, 3, "cpu")
+        tokens, mask = engine.left_pad(new, 3, "cpu")
         logits = model(tokens, mask=mask, cache=cache)
         for row, n in enumerate(lengths):
             history[row] = torch.cat([history[row], new[row]])
@@ -898,9 +899,9 @@ def test_mixed_stored_dtypes_run_and_autocast_changes_nothing(wide, tmp_path):
     dtypes = {p.dtype for p in model.parameters()}
     assert dtypes == {torch.float32, torch.bfloat16} and model(ids).dtype == torch.float32
     assert relative_error(model(ids), exact(ids)) < 0.03
-    r = sample.generate(model, ids.tolist(), max_new_tokens=4, eos_id=0, seed=0)
+    r = engine.generate(model, ids.tolist(), max_new_tokens=4, eos_id=0, seed=0)
     with torch.autocast("cpu", torch.bfloat16):
-        again = sample.generate(model, ids.tolist(), max_new_tokens=4, eos_id=0, seed=0)
+        again = engine.generate(model, ids.tolist(), max_new_tokens=4, eos_id=0, seed=0)
         inside = exact(ids)
     assert torch.equal(again.logp, r.logp) and torch.equal(inside, exact(ids))
 
@@ -1198,7 +1199,7 @@ def rollout():
         model.lm_head.weight[104] *= 4  # the end token comes often: rows end early and are dropped
     prompts = [TOKENIZER.encode(t) for t in ("+12=", "2abca=", "7=")]
     kw = dict(group_size=4, max_new_tokens=24, temperature=0.8, eos_id=104, seed=5)
-    return model, prompts, kw, sample.generate(model, prompts, **kw)
+    return model, prompts, kw, engine.generate(model, prompts, **kw)
 
 
 def batch_of(prompts, r, rewards=None):
@@ -1221,7 +1222,7 @@ def test_responses_are_padded_behind_their_end_and_carry_the_log_probs_of_traini
     trained, recorded = logp[batch.trained].detach(), r.logp[r.mask]
     assert worst(trained, recorded) < 2e-5 and ((0 < entropy) == batch.trained).all()
     assert cispo.prob_correlation(trained, recorded) > 0.999999
-    again, other = (sample.generate(model, prompts, **{**kw, "seed": seed}) for seed in (5, 6))
+    again, other = (engine.generate(model, prompts, **{**kw, "seed": seed}) for seed in (5, 6))
     assert torch.equal(r.tokens, again.tokens) and torch.equal(r.logp, again.logp)
     assert not torch.equal(r.tokens, other.tokens)
 
@@ -1229,18 +1230,18 @@ def test_responses_are_padded_behind_their_end_and_carry_the_log_probs_of_traini
 @pytest.mark.parametrize("temperature, top_p, n", [(1.0, 1.0, 4), (0.5, 1.0, 4), (1.0, 0.8, 2)])
 def test_samples_follow_temperature_and_top_p_and_their_log_probs_as_well(temperature, top_p, n):
     logits, n_drawn = torch.tensor([2.0, 1.0, 0.0, -1.0]), 40_000
-    uniform = sample.uniforms(sample.streams(0, n_drawn, "cpu"), torch.tensor([7]))
+    uniform = engine.uniforms(engine.streams(0, n_drawn, "cpu"), torch.tensor([7]))
     p = (logits / temperature).softmax(-1)
     p = p * (torch.arange(4) < n) / p[:n].sum()  # 0.64 + 0.24 reach 0.8: two tokens stay
-    token, logp = sample.sample_tokens(logits.repeat(n_drawn, 1), temperature, top_p, uniform)
+    token, logp = engine.sample_tokens(logits.repeat(n_drawn, 1), temperature, top_p, uniform)
     assert worst(token.bincount(minlength=4) / len(token), p) < 0.01
     torch.testing.assert_close(logp, p.log()[token])
-    assert sample.sample_tokens(logits[None], 0, top_p, None)[0].tolist() == [0]
+    assert engine.sample_tokens(logits[None], 0, top_p, None)[0].tolist() == [0]
 
 
 def test_every_response_has_a_stream_of_its_own_of_even_and_unrelated_numbers():
-    streams = torch.stack([sample.streams(seed, 500, "cpu") for seed in (0, 1, 2**40)])
-    u = torch.stack([sample.uniforms(streams, torch.tensor(step)) for step in range(400)], -1)
+    streams = torch.stack([engine.streams(seed, 500, "cpu") for seed in (0, 1, 2**40)])
+    u = torch.stack([engine.uniforms(streams, torch.tensor(step)) for step in range(400)], -1)
     assert 0 <= u.min() and u.max() < 1 and u.dtype == torch.float64
     counts = torch.histc(u, 100, 0, 1)  # 600,000 numbers: 6,000 in each, give or take 77
     assert (counts - 6000).abs().max() < 5 * 77
@@ -1253,28 +1254,28 @@ def test_every_response_has_a_stream_of_its_own_of_even_and_unrelated_numbers():
 def test_a_response_does_not_depend_on_those_beside_it_nor_on_graphs(rollout, monkeypatch):
     """On a CPU the engine calls what a graph would replay; rows move to smaller batches there."""
     model, prompts, kw, _ = rollout
-    monkeypatch.setattr(sample.Graphs, "_of", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(sample.Graphs, "LOOK", 5)
+    monkeypatch.setattr(engine.Graphs, "_of", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(engine.Graphs, "LOOK", 5)
     ended, changes = set(), [{}, {}, {"temperature": 0}, {"repetition_stop": 1}, {"top_p": 0.7}]
     for seed, more in enumerate(changes):
         kw = rollout[2] | {"seed": seed, "think_end_id": 262, "think_budget": 7} | more
         with monkeypatch.context() as patch:
-            plain = sample.generate(model, prompts, **kw)
-            patch.setattr(sample, "takes_graphs", lambda *_: True)
-            engine = sample.generate(model, prompts, **kw)
-        assert torch.equal(plain.tokens, engine.tokens) and plain.ended == engine.ended
-        assert torch.equal(plain.mask, engine.mask) and torch.equal(plain.lengths, engine.lengths)
-        assert worst(plain.logp, engine.logp) < 1e-5
+            plain = engine.generate(model, prompts, **kw)
+            patch.setattr(engine, "takes_graphs", lambda *_: True)
+            fast = engine.generate(model, prompts, **kw)
+        assert torch.equal(plain.tokens, fast.tokens) and plain.ended == fast.ended
+        assert torch.equal(plain.mask, fast.mask) and torch.equal(plain.lengths, fast.lengths)
+        assert worst(plain.logp, fast.logp) < 1e-5
         ended |= {*plain.ended}
-    assert len(sample.Graphs._of[model]) == 4 and ended > {"eos", "length"}
+    assert len(engine.Graphs._of[model]) == 4 and ended > {"eos", "length"}
     model.lm_head.weight.data = model.lm_head.weight.data.clone()  # graphs hold addresses
-    monkeypatch.setattr(sample, "takes_graphs", lambda *_: True)
-    before = set(sample.Graphs._of[model])
-    alone = sample.generate(model, prompts[:1], **kw | {"group_size": 2})
-    sample.generate(model, prompts, **kw)
-    assert len(set(sample.Graphs._of[model]) - before) == 2
-    sample.Graphs.forget(model)
-    assert model not in sample.Graphs._of
+    monkeypatch.setattr(engine, "takes_graphs", lambda *_: True)
+    before = set(engine.Graphs._of[model])
+    alone = engine.generate(model, prompts[:1], **kw | {"group_size": 2})
+    engine.generate(model, prompts, **kw)
+    assert len(set(engine.Graphs._of[model]) - before) == 2
+    engine.Graphs.forget(model)
+    assert model not in engine.Graphs._of
     n = alone.tokens.shape[1]
     assert torch.equal(alone.tokens, plain.tokens[:2, :n]) and alone.ended == plain.ended[:2]
 
@@ -1287,13 +1288,13 @@ def test_responses_wait_for_rows_that_end_and_each_prompt_is_read_once(
     (model, prompts, kw, _), read, sizes = rollout, [], []
     prompts = [*prompts, [5] * 9, [6], prompts[0], [7, 8]]
     kw |= dict(think_end_id=262, think_budget=7)
-    right = sample.generate(model, prompts, **kw)
-    reader, drawer = sample._read_prompts, sample.draw
-    monkeypatch.setattr(sample, "takes_graphs", lambda *_: graphs)
-    monkeypatch.setattr(sample, "_read_prompts", lambda *x: read.extend(x[1]) or reader(*x))
-    monkeypatch.setattr(sample, "draw", lambda x, *y: sizes.append(len(x)) or drawer(x, *y))
+    right = engine.generate(model, prompts, **kw)
+    reader, drawer = engine._read_prompts, engine.draw
+    monkeypatch.setattr(engine, "takes_graphs", lambda *_: graphs)
+    monkeypatch.setattr(engine, "_read_prompts", lambda *x: read.extend(x[1]) or reader(*x))
+    monkeypatch.setattr(engine, "draw", lambda x, *y: sizes.append(len(x)) or drawer(x, *y))
     for _ in range(2):
-        found = sample.generate(model, prompts, max_rows=max_rows, **kw)
+        found = engine.generate(model, prompts, max_rows=max_rows, **kw)
         assert read == prompts and max(sizes) == size
         assert all(torch.equal(*x) for x in zip(right[:1] + right[2:4], found[:1] + found[2:4]))
         assert worst(right.logp, found.logp) < 1e-5 and right.ended == found.ended
@@ -1308,8 +1309,8 @@ def test_graphs_on_a_gpu_give_the_responses_of_plain_steps(monkeypatch):
     for more in ({}, {"temperature": 0}, {"top_p": 0.8}, {"think_end_id": 262, "think_budget": 7}):
         kw = dict(group_size=4, max_new_tokens=60, eos_id=104, seed=1) | more
         for graphs in (True, False, True):
-            monkeypatch.setattr(sample, "takes_graphs", lambda *_, graphs=graphs: graphs)
-            tokens.append(sample.generate(model, prompts, **kw).tokens)
+            monkeypatch.setattr(engine, "takes_graphs", lambda *_, graphs=graphs: graphs)
+            tokens.append(engine.generate(model, prompts, **kw).tokens)
         assert torch.equal(*tokens[-2:]) and torch.equal(*tokens[-3:-1])
 
 
@@ -1319,7 +1320,7 @@ def test_bf16_rollouts_on_a_gpu_agree_with_training_in_bf16():
     model.compute = torch.bfloat16
     model.lm_head.weight.data *= 4  # so that some tokens are likely
     prompts = [[1, 2, 3], [5, 6, 7, 8, 9, 10], [7]] * 20
-    r = sample.generate(model, prompts, group_size=4, max_new_tokens=30, eos_id=104, seed=1)
+    r = engine.generate(model, prompts, group_size=4, max_new_tokens=30, eos_id=104, seed=1)
     lengths = r.lengths.tolist()
     rows = [x[:n].tolist() for x, n in zip(r.tokens, lengths)]
     asked = [p for p in prompts for _ in range(4)]
@@ -1332,24 +1333,24 @@ def test_bf16_rollouts_on_a_gpu_agree_with_training_in_bf16():
 def test_a_used_up_thinking_budget_closes_the_thinking_and_the_token_is_not_trained_on(rollout):
     model, prompts, kw, _ = rollout
     kw = {**kw, "seed": 1, "think_end_id": 262, "think_budget": 3, "eos_id": -1}
-    r = sample.generate(model, prompts, **kw)
+    r = engine.generate(model, prompts, **kw)
     assert (r.tokens[:, 3] == 262).all() and not (r.tokens[:, :3] == 262).any()
     assert (r.logp[:, 3] == 0).all() and (r.mask == (torch.arange(24) != 3)).all()
-    cut = sample.generate(model, prompts, **{**kw, "eos_id": int(r.tokens[0, 4])})
+    cut = engine.generate(model, prompts, **{**kw, "eos_id": int(r.tokens[0, 4])})
     late = [e for e, n in zip(cut.ended, cut.lengths) if n > 4]
     assert "budget" in late and "eos" not in late and (r.lengths == 24).all()
-    own = sample.generate(model, prompts, **{**kw, "think_end_id": int(r.tokens[0, 1])})
+    own = engine.generate(model, prompts, **{**kw, "think_end_id": int(r.tokens[0, 1])})
     assert torch.equal(own.tokens[0, :3], r.tokens[0, :3]) and own.mask[0].all()  # it closed itself
 
 
 def test_a_looping_response_is_stopped(monkeypatch):
-    model, calls, real = tiny_model(), [], sample.sample_tokens
+    model, calls, real = tiny_model(), [], engine.sample_tokens
     with torch.no_grad():
         model.lm_head.weight *= 1e6  # every token is certain
 
     def ended(*prompts, stop=6, eos=-1):
         how = dict(max_new_tokens=9, eos_id=eos, seed=0, repetition_stop=stop)
-        r = sample.generate(model, list(prompts), **how)
+        r = engine.generate(model, list(prompts), **how)
         return [*zip(r.ended, r.lengths.tolist())], int(r.tokens[0, 2])
 
     both, third = ended([65], [66])
@@ -1364,7 +1365,7 @@ def test_a_looping_response_is_stopped(monkeypatch):
         calls.append(logits)
         return real(-logits if len(calls) == 3 else logits, *how)
 
-    monkeypatch.setattr(sample, "sample_tokens", unlikely_at_the_third)
+    monkeypatch.setattr(engine, "sample_tokens", unlikely_at_the_third)
     assert ended([65], stop=5)[0] == [("repetition", 3 + 5)]  # it counts anew
 
 
@@ -1442,7 +1443,7 @@ def answer(patch, rewards, **changes):
         scores = [tasks.Score(float(r or 0), r == 1, r == 1, i % 4 == 0) for i, r in earned]
         scores = [tasks.CRASHED if r is None else score for score, (_, r) in zip(scores, earned)]
         tokens = torch.arange(4 * len(earned)).view(-1, 4)
-        r = sample.Rollout(tokens, -tokens / 100, tokens >= 0, 4 + 0 * tokens[:, 0], ["eos"] * 99)
+        r = engine.Rollout(tokens, -tokens / 100, tokens >= 0, 4 + 0 * tokens[:, 0], ["eos"] * 99)
         return r._replace(**changes), scores
 
     for module in (experience, train_rl):
@@ -1498,8 +1499,8 @@ def test_a_response_earns_if_it_ended_after_the_token_and_a_crash_costs_one_rewa
         torch.tensor(list(map(len, rows))),
     )
     ended = ["eos", "budget", "length", "repetition", "eos"] * 2
-    r = sample.Rollout(tokens, None, None, lengths, ended)
-    monkeypatch.setattr(sample, "generate", lambda *_, **__: r)
+    r = engine.Rollout(tokens, None, None, lengths, ended)
+    monkeypatch.setattr(engine, "generate", lambda *_, **__: r)
     problems = [tasks.solve_mod("+314204="), Broken("mod", "+2=", "2", "2")]
     _, scores = experience.respond(None, TOKENIZER, problems, 0, 5, max_new_tokens=99)
     assert [score.reward for score in scores] == [1.1, 1.1] + [0] * 8
@@ -1632,7 +1633,7 @@ def answered(temperature=1.0):
     """A small model and what it answered to six problems, with random rewards, as a Batch."""
     model, prompts = tiny_model(), [TOKENIZER.encode(f"+{i}1=") for i in range(6)]
     how = dict(max_new_tokens=8, eos_id=-1, seed=1, group_size=4, temperature=temperature)
-    return model, batch_of(prompts, sample.generate(model, prompts, **how), torch.rand(24).tolist())
+    return model, batch_of(prompts, engine.generate(model, prompts, **how), torch.rand(24).tolist())
 
 
 @pytest.mark.parametrize("k, same", [(1, True), (6, False)])
@@ -1860,7 +1861,7 @@ def test_flags_that_save_memory_change_passes_rows_and_layers_but_not_what_is_le
     start, tmp_path, monkeypatch
 ):
     tokens, again, rows = [], [], []
-    real, checkpointed, drawn = experience.trained_logp, m1.checkpoint, sample.draw
+    real, checkpointed, drawn = experience.trained_logp, m1.checkpoint, engine.draw
 
     def trained_logp(model, batch, *args):
         tokens.append((len(batch.tokens), int(batch.mask.sum())))
@@ -1868,7 +1869,7 @@ def test_flags_that_save_memory_change_passes_rows_and_layers_but_not_what_is_le
 
     monkeypatch.setattr(experience, "trained_logp", trained_logp)
     monkeypatch.setattr(m1, "checkpoint", lambda *x, **y: again.append(0) or checkpointed(*x, **y))
-    monkeypatch.setattr(sample, "draw", lambda x, *y: rows.append(len(x)) or drawn(x, *y))
+    monkeypatch.setattr(engine, "draw", lambda x, *y: rows.append(len(x)) or drawn(x, *y))
     train(tmp_path / "a", start + "--steps 2")
     assert not again and max(rows) > 8 and max(n for _, n in tokens) > 60
     tokens.clear(), rows.clear()
@@ -2246,7 +2247,7 @@ def test_a_full_context_cuts_the_answer_then_refuses_and_a_reset_chat_is_a_new_o
 
 def asked(*prompts, model=None, **kw):
     kw = {"max_new_tokens": 4, "eos_id": -1, "seed": 0, "temperature": 0, **kw}
-    return sample.generate(model or small_model(), list(prompts), **kw)
+    return engine.generate(model or small_model(), list(prompts), **kw)
 
 
 def test_generate_continues_one_conversation_within_its_cache_and_refuses_what_it_cannot_do():
@@ -2345,7 +2346,7 @@ def test_a_character_of_several_tokens_is_printed_whole_and_a_broken_one_as_u_ff
     def answer(content, role, on_tokens):
         for i in [*"日x".encode(), 0xE6, 0x97]:
             on_tokens(None, torch.tensor([i]))
-        return sample.Rollout(None, None, None, torch.tensor([6]), ["eos"])
+        return engine.Rollout(None, None, None, torch.tensor([6]), ["eos"])
 
     assert sample.stream(TOKENIZER, answer, None, "hi", "user") == "日x"
     assert capsys.readouterr().out == "日x\ufffd   [6 tokens, ended by eos]\n"
@@ -2842,7 +2843,7 @@ def test_bad_flags_are_one_clear_line_and_touch_no_file(
 
 def new_tokens(model, prompt, **how):
     how = dict(max_new_tokens=2, eos_id=0, seed=0) | how
-    return lambda: sample.generate(model, [prompt], **how)
+    return lambda: engine.generate(model, [prompt], **how)
 
 
 broken = small_model()

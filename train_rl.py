@@ -34,10 +34,21 @@ from tqdm import tqdm
 from tyro.conf import Fixed
 
 import cispo
+import engine
 import runlog
-import sample
 import tasks
-from cli import check, checkpoint, command_line, fits, flat, parse, read_json, torch, unflat
+from cli import (
+    check,
+    checkpoint,
+    command_line,
+    fits,
+    flat,
+    parse,
+    pick_device,
+    read_json,
+    torch,
+    unflat,
+)
 from cli import model as m1
 from experience import (
     collect,
@@ -78,7 +89,7 @@ class Flags:
 
     mix: tasks.Mix = field(default_factory=tasks.Mix)
     cold: ColdStart = field(default_factory=ColdStart)
-    sampling: sample.Sampling = field(default_factory=sample.Sampling)
+    sampling: engine.Sampling = field(default_factory=engine.Sampling)
     recipe: cispo.Recipe = field(default_factory=cispo.Recipe)
     growth: tasks.Growth = field(default_factory=tasks.Growth)
 
@@ -174,7 +185,7 @@ class Flags:
         return right + 6
 
     def limits(self, moves=None):
-        """What ends the responses of evaluations: arguments of sample.generate."""
+        """What ends the responses of evaluations: arguments of engine.generate."""
         same = {name: getattr(self.sampling, name) for name in ("repetition_stop", "max_rows")}
         return same | {"max_new_tokens": self.longest(moves)}
 
@@ -426,7 +437,7 @@ def choose_device(flags, stored):
     width = m1.PRESETS[flags.preset or "tiny"]["hidden_size"]
     if stored:
         width = m1.M1Config.from_json(checkpoint.checkpoint_dir(stored)).hidden_size
-    return "cpu" if width <= tiny and flags.device == "auto" else sample.pick_device(flags.device)
+    return "cpu" if width <= tiny and flags.device == "auto" else pick_device(flags.device)
 
 
 def new_model(flags):

@@ -21,10 +21,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when lightning_attn defines its kernels
 
 import cispo
+import engine
 import experience
 import model as m1
 import runlog
-import sample
 import tasks
 import train_rl
 from checkpoint import load_pretrained
@@ -368,7 +368,7 @@ def logp_error():
     given = np.load(HERE.parent / "parity/expected.npz")
     names = [f"{n}_{x}" for x in ("ids", "logits") for n in ("long", "short")]
     long, short, *released = (torch.from_numpy(given[name]) for name in names)
-    tokens, mask = sample.left_pad([*long, *short], 0, "cpu")
+    tokens, mask = engine.left_pad([*long, *short], 0, "cpu")
     ours = load_pretrained(HERE.parent / "parity")(tokens, mask=mask)[mask]
     right = torch.cat([x.flatten(0, 1) for x in released]).log_softmax(-1)
     return float((ours.log_softmax(-1) - right).abs().max())
@@ -379,7 +379,7 @@ def ratio_error():
     """max |pi / pi_rollout - 1| at the start"""
     model, prompts = load_pretrained(HERE.parent / "parity"), torch.arange(64).view(8, 8).tolist()
     kw = dict(max_new_tokens=16, temperature=0.7, eos_id=-1, seed=0)
-    rollout = sample.generate(model, prompts, **kw)
+    rollout = engine.generate(model, prompts, **kw)
     tokens, mask = rollout.tokens.tolist(), rollout.mask.tolist()
     batch = experience.make_batch(prompts, tokens, mask, "cpu")
     logp, _, _ = experience.trained_logp(model, batch, 0.7)
