@@ -6,7 +6,7 @@ have ended; nothing in a step waits for the device. On a GPU a step is one CUDA 
     1. What is asked, what comes back   Sampling, Request, Rollout
     2. A token                          streams of random numbers, sample_tokens, left_pad
     3. A step                           Rows, draw
-    4. Steps, plain or as CUDA graphs   rollout_weights, Steps, Graphs
+    4. Steps, plain or as CUDA graphs   rollout_weights, Steps, recorded, Graphs
     5. The loop                         generate
 
 Dimension key: P prompts, G responses per prompt, N = P * G responses, B rows of the batch, T tokens
@@ -330,6 +330,23 @@ class Steps:
         self.step(self.rows, self.cache, self.out, used + 1)
 
 
+def recorded(function, rehearse, device, pool=None):
+    """function() as a CUDA graph, which replay() does; on a CPU, for tests, replay is a plain call.
+
+    rehearse() does the like first, on a stream aside: kernels are compiled and chosen there.
+    """
+    if device.type != "cuda":
+        return types.SimpleNamespace(replay=function)
+    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        rehearse()
+    torch.cuda.current_stream().wait_stream(aside)
+    with torch.cuda.graph(graph, pool=pool):
+        function()
+    return graph
+
+
 class Graphs(Steps):
     """Steps as CUDA graphs: one launch instead of some hundred, on memory that stays.
 
@@ -395,23 +412,20 @@ class Graphs(Steps):
             graph.replay()
 
     def _graph(self, rows, cache, reach):
-        """What replays one step of a batch; on a CPU, where tests run it, a plain call."""
+        """What replays one step of a batch."""
         key = len(rows.alive), reach
-        if key not in self.graphs and not rows.alive.is_cuda:
-            plain = functools.partial(self.step, rows, cache, self.out, reach)
-            self.graphs[key] = types.SimpleNamespace(replay=plain)
-        elif key not in self.graphs:
-            every, side = torch.arange(key[0], device=rows.alive.device), torch.cuda.Stream()
-            copies = {name: x.clone() for name, x in vars(self.out).items()}
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # kernels are compiled and chosen outside of a graph
-                out = types.SimpleNamespace(**copies)
+        if key not in self.graphs:
+            step = functools.partial(self.step, rows, cache, self.out, reach)
+
+            def rehearse():
+                every = torch.arange(key[0], device=rows.alive.device)
+                out = {name: x.clone() for name, x in vars(self.out).items()}
+                out = types.SimpleNamespace(**out)
                 self.step(rows.select(every), cache.select(every), out, reach)
-            torch.cuda.current_stream().wait_stream(side)
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key], pool=self.pool):
-                self.step(rows, cache, self.out, reach)
+
+            if rows.alive.is_cuda:
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.graphs[key] = recorded(step, rehearse, rows.alive.device, self.pool)
         return self.graphs[key]
 
 

@@ -266,7 +266,7 @@ def _norm_kernel(x, weight, gate, out, D, eps, BD: tl.constexpr):
     tl.store(out + at, y, mask=inside)
 
 
-@jit
+@functools.partial(jit, do_not_specialize=["rows"])
 def _norm_backward_kernel(dy, x, weight, gate, dx, parts, dgate, rows, D, eps, BD: tl.constexpr):
     """Every P-th row: v = x * scale, out = y * w * s; y is v rounded, which counts as slope 1."""
     d = tl.arange(0, BD)
@@ -287,7 +287,7 @@ def _norm_backward_kernel(dy, x, weight, gate, dx, parts, dgate, rows, D, eps, B
     tl.store(parts + tl.program_id(0).to(tl.int64) * D + d, part, mask=inside)
 
 
-@jit
+@functools.partial(jit, do_not_specialize=["n"])
 def _pairs_kernel(a, b, out, n, alpha, beta, BLOCK: tl.constexpr):
     """swiglu or residual."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -314,7 +314,7 @@ def _rope_kernel(
     tl.store(out + at, _load(x + at, inside), mask=inside)
 
 
-@jit
+@functools.partial(jit, do_not_specialize=["n"])
 def _swiglu_backward_kernel(dy, gate, x, dgate, dx, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g, a = _load(dy + i, i < n), _load(gate + i, i < n)

@@ -41,7 +41,7 @@ try:
 
     jit = triton.jit
 except ImportError:  # no Linux: the PyTorch forms serve
-    triton, tl, jit = None, types.SimpleNamespace(constexpr=None), lambda function: function
+    triton, tl, jit = None, types.SimpleNamespace(constexpr=None), lambda kernel, **how: kernel
 
 # ============================================================================
 # 1. Decay rates                                   (released; ALiBi's geometric series)
@@ -247,7 +247,7 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 # 1.38 with tensors one after another and 1.64 with 2 MB between them, 65,536 tokens 1.27.
 
 
-@jit
+@functools.partial(jit, do_not_specialize=["L"])  # or it is compiled for odd and even L
 def _scan_kernel(
     a, b, c, o, o_ptr, slope, first, last, local, cu_seqlens, L, H, step_a, step_b, step_c,
     segment, n_segments, state_k, state_v, REVERSE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -385,38 +385,85 @@ def _scan(
     `flip`: dq and dk are scans with K and V exchanged, whose state is the transpose. `plan`: for
     _plan.
     """
-    B, L, H, K = a.shape
-    V = c.shape[-1]
-    N = B if cu_seqlens is None else len(cu_seqlens) - 1
     if o.numel() == 0:
         if last is not None:
             last.zero_() if first is None else last.copy_(first)
         return
+    tensors = a, b, c, o, slope, first, last, cu_seqlens
+    layout = a.shape, c.shape, a.stride(), b.stride(), c.stride(), a.dtype, a.device
+    starts = [x if x is None else x.data_ptr() % 16 for x in tensors]
+    n_bounds = 0 if cu_seqlens is None else (len(cu_seqlens), cu_seqlens.dtype)
+    kind = (reverse, flip, n_bounds, *layout, *starts, *plan.items())
+    launch = _launches.get(kind)
+    if launch is None:
+        if len(_launches) == 4096:
+            _launches.clear()
+        launch = _launches[kind] = _Launch(*tensors, reverse, flip, plan)
+    launch(*tensors)
 
-    packed = torch.contiguous_format
-    a, b, c = (x if _copy_engine_reads(x) else x.clone(memory_format=packed) for x in (a, b, c))
-    C, BK, BV, n_segments, flat, stages, warps = _plan(N, a, b, c, **plan)
-    segment = triton.cdiv(triton.cdiv(L, n_segments), C) * C
-    n_segments = triton.cdiv(L, segment)
-    local = None
-    if n_segments > 1:
-        local = torch.empty((N, n_segments, H, V, K), dtype=torch.float32, device=a.device)
 
-    def tiles(x, width):
-        if flat:  # (B L, H V) as it lies in memory: the columns of head h begin at h * x.stride(2)
-            shape = [B * L, (H - 1) * x.stride(2) + x.shape[3]]
-            return TensorDescriptor(x, shape, [x.stride(1), 1], [C, width])
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, C, 1, width])
+_launches = {}  # all that a launch depends on but for addresses and numbers -> _Launch
 
-    tensors = tiles(a, BK), tiles(b, BK), tiles(c, BV), tiles(o, BV), o, slope, first, last, local
-    state_steps = (1, K) if flip else (V, 1)
-    sizes = L, H, a.stride(2), b.stride(2), c.stride(2), segment, n_segments, *state_steps
-    precision = "tf32x3" if a.dtype == torch.float32 else "tf32"  # in fp32 1e-6 instead of 3e-4
-    grid = (N * n_segments * H * triton.cdiv(V, BV),)
-    for output in (True,) if local is None else (False, True):
-        fixed = reverse, K, V, BK, BV, C, flat, output, precision, stages
+
+class _Launch:
+    """Launches of the kernel for tensors that lie in memory like these.
+
+    What follows from that is worked out once: Triton would look at every argument of every launch,
+    and a descriptor of tiles at itself, which takes three times as long as this.
+    """
+
+    def __init__(self, a, b, c, o, slope, first, last, cu_seqlens, reverse, flip, plan):
+        (B, L, H, K), V = a.shape, c.shape[-1]
+        N = B if cu_seqlens is None else len(cu_seqlens) - 1
+        self.in_place = [_copy_engine_reads(x) for x in (a, b, c)]
+        a, b, c = self._readable(a, b, c)
+        C, BK, BV, n_segments, flat, stages, self.warps = _plan(N, a, b, c, **plan)
+        segment = triton.cdiv(triton.cdiv(L, n_segments), C) * C
+        n_segments = triton.cdiv(L, segment)
+
+        def tiles(x, width):
+            if flat:  # (B L, H V) as it lies in memory: columns of head h begin at h * x.stride(2)
+                shape = [B * L, (H - 1) * x.stride(2) + x.shape[3]]
+                tiles = TensorDescriptor(x, shape, [x.stride(1), 1], [C, width])
+            else:
+                tiles = TensorDescriptor(x, list(x.shape), list(x.stride()), [1, C, 1, width])
+            return {name: fact for name, fact in vars(tiles).items() if name != "base"}
+
+        self.tiles = tiles(a, BK), tiles(b, BK), tiles(c, BV), tiles(o, BV)
+        self.local = (N, n_segments, H, V, K) if n_segments > 1 else None
+        state_steps = (1, K) if flip else (V, 1)
+        sizes = L, H, a.stride(2), b.stride(2), c.stride(2), segment, n_segments, *state_steps
+        precision = "tf32x3" if a.dtype == torch.float32 else "tf32"  # in fp32 1e-6, not 3e-4
+        self.grid = N * n_segments * H * triton.cdiv(V, BV), 1, 1
+        fixed = [
+            (output, precision, stages) for output in ((False, True) if self.local else (True,))
+        ]
+        self.sizes = [(*sizes, reverse, K, V, BK, BV, C, flat, *rest) for rest in fixed]
+        self.compiled = [None] * len(fixed)
+
+    def __call__(self, a, b, c, o, slope, first, last, cu_seqlens):
+        tensors, local = [*self._readable(a, b, c), o], None
+        if self.local:
+            local = torch.empty(self.local, dtype=torch.float32, device=a.device)
+        descriptors = []
+        for x, facts in zip(tensors, self.tiles):
+            descriptors.append(object.__new__(TensorDescriptor))
+            descriptors[-1].__dict__.update(facts, base=x)
+        tensors = *descriptors, o, slope, first, last, local, cu_seqlens
         with torch.cuda.device_of(a):
-            _scan_kernel[grid](*tensors, cu_seqlens, *sizes, *fixed, num_warps=warps)
+            for i, sizes in enumerate(self.sizes):
+                if self.compiled[i] is None:  # compiles, or interprets and gives None
+                    launch = _scan_kernel[self.grid]
+                    self.compiled[i] = launch(*tensors, *sizes, num_warps=self.warps)
+                else:
+                    self.compiled[i][self.grid](*tensors, *sizes)
+
+    def _readable(self, *tensors):
+        """Copies of those that the copy engine cannot read as they lie."""
+        packed = torch.contiguous_format
+        return [
+            x if fine else x.clone(memory_format=packed) for x, fine in zip(tensors, self.in_place)
+        ]
 
 
 def _plan(
@@ -495,18 +542,20 @@ def _backward(
     dq, dk, dv, dstate = _gradients(q, k, v, state)
     last = None if state is None else dstate
     _scan(do, v, k, dq, slope, state, None, cu_seqlens, flip=True)
-    with _beside(q.device):  # dk beside dv: they share the reads of do and q in the L2 cache
-        _scan(v, do, q, dk, slope, dlast, None, cu_seqlens, reverse=True, flip=True, alone=False)
-    _scan(k, q, do, dv, slope, dlast, last, cu_seqlens, reverse=True, alone=False)
-    if q.is_cuda:
-        torch.cuda.current_stream(q.device).wait_stream(_side_stream(q.device))
+    how = dict(cu_seqlens=cu_seqlens, reverse=True, alone=False)
+    with _aside(q):  # dk beside dv: they share the reads of do and q in the L2 cache
+        _scan(v, do, q, dk, slope, dlast, None, flip=True, **how)
+    _scan(k, q, do, dv, slope, dlast, last, **how)
+    _join(q)
     return dq, dk, dv, dstate
 
 
 def _outputs(q, v, cu_seqlens):
     """Room for the output and the last state."""
     n = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    return _empty_like(v), q.new_empty((n, *q.shape[2:], v.shape[3]), dtype=torch.float32)
+    (H, K), V = q.shape[2:], v.shape[3]
+    last = torch.empty(n, H, K, V, dtype=torch.float32, device=q.device)
+    return _empty_like(v), last
 
 
 def _gradients(q, k, v, state):
@@ -524,15 +573,25 @@ def _side_stream(device):
     return torch.cuda.Stream(device)
 
 
+def _small(x):
+    """Too little to run beside anything: telling two streams of each other would take longer."""
+    return not x.is_cuda or x.numel() < 2**21
+
+
 @contextlib.contextmanager
-def _beside(device):
-    """What is launched inside runs beside what is launched next."""
-    if device.type != "cuda":
+def _aside(x):
+    """What is launched inside runs beside what is launched next, until _join."""
+    if _small(x):
         yield
         return
-    _side_stream(device).wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(_side_stream(device)):
+    _side_stream(x.device).wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(_side_stream(x.device)):
         yield
+
+
+def _join(x):
+    if not _small(x):
+        torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
 
 
 def _save_inputs(ctx, inputs, output):

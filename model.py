@@ -518,7 +518,7 @@ class MiniMaxM1(nn.Module):
             cu_seqlens = cu_seqlens.int()
             starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
             positions = positions - starts.repeat_interleave(lengths, output_size=L)
-        at = Layout(mask, cu_seqlens, int(lengths.max()) if cu_seqlens is not None else 0)
+        at = Layout(mask, cu_seqlens, _longest(lengths, L) if cu_seqlens is not None else 0)
         if cache is not None:
             if len(cache.position) != B:
                 raise ValueError(f"the cache has {len(cache.position)} rows, the tokens {B}")
@@ -544,6 +544,12 @@ class MiniMaxM1(nn.Module):
         if 1 in self.config.attn_type_list:
             at.rope = rope_tables(positions, self.config, self.wide)
         return at
+
+
+def _longest(lengths, most):
+    """Of packed sequences; a CUDA graph, where nothing can be looked up, takes what it can be."""
+    recording = lengths.is_cuda and torch.cuda.is_current_stream_capturing()
+    return most if recording else int(lengths.max())
 
 
 def count_parameters(config):

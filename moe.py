@@ -243,7 +243,7 @@ def _sum_rows(y, place, weight, out, D, K: constexpr, S: constexpr, BD: constexp
 # 3. Rows of experts, by counting
 # ============================================================================
 
-MOST = 2**14  # entries of the (tokens, experts) table, which one program holds
+MOST = 2**13  # entries of the (tokens, experts) table, which one program holds
 
 
 def can_route(x, n_experts):

@@ -1227,6 +1227,28 @@ def test_responses_are_padded_behind_their_end_and_carry_the_log_probs_of_traini
     assert not torch.equal(r.tokens, other.tokens)
 
 
+def test_demonstrations_packed_to_one_size_give_the_same_gradients(monkeypatch):
+    model, recorded = small_model(router_aux_loss_coef=0.0, vocab_size=272), []
+    plain, packed = experience.Imitation(model), experience.Imitation(model)
+    flags, record = settings(moves=3, max_moves=6, eval_problems=3), engine.recorded
+    monkeypatch.setattr(engine, "recorded", lambda *x: recorded.append(x) or record(*x))
+    sizes = []
+    for seed in range(6):  # of other lengths: what was recorded for the first serves, or does not
+        batch = train_rl.demonstrations(flags, random.Random(seed), TOKENIZER, 6, "cpu")
+        loss, right = plain(batch), [p.grad for p in model.parameters()]
+        with monkeypatch.context() as patch:
+            patch.setattr(m1, "has_flash", lambda _: True)
+            found = packed(batch)
+        assert worst(found, loss) < 1e-12
+        for p, grad in zip(model.parameters(), right):
+            torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-12)
+        sizes.append(len(packed.inputs[0]))
+    assert 1 <= len(recorded) < 4 and sizes == sorted(sizes)
+    tokens, _, learned, ends = experience.packed(batch, 500)
+    n = int(ends[-2])
+    assert torch.equal(tokens, tokens[:n].repeat(500 // n + 1)[:500]) and not learned[n:].any()
+
+
 @pytest.mark.parametrize("temperature, top_p, n", [(1.0, 1.0, 4), (0.5, 1.0, 4), (1.0, 0.8, 2)])
 def test_samples_follow_temperature_and_top_p_and_their_log_probs_as_well(temperature, top_p, n):
     logits, n_drawn = torch.tensor([2.0, 1.0, 0.0, -1.0]), 40_000
@@ -1585,7 +1607,8 @@ def test_evaluation_asks_held_out_problems_and_the_cold_start_hard_chains(monkey
 @pytest.mark.parametrize("skills, again", [([1, 1, 1], 0), ([1, 0, 0, 0, 0, 0], 1)])
 def test_a_cold_start_cools_over_100_steps_and_heats_if_it_unlearns(skills, again, monkeypatch):
     model, asked, seen = torch.nn.Linear(1, 1), iter(skills), []
-    model.config, model.device = small_config(hidden_size=128, router_aux_loss_coef=0.25), "cpu"
+    model.config = small_config(hidden_size=128, router_aux_loss_coef=0.25)
+    model.device = torch.device("cpu")
     optimizer, trained = train_rl.make_optimizer(model), torch.tensor([[True, False, True]])
 
     def logp(model, batch):
@@ -1597,9 +1620,10 @@ def test_a_cold_start_cools_over_100_steps_and_heats_if_it_unlearns(skills, agai
 
     optimizer.register_step_pre_hook(record)
     fakes = dict(make_optimizer=lambda _: optimizer, chain_skill=lambda *_: next(asked))
-    fakes |= dict(trained_logp=logp, demonstrations=lambda *_: experience.Batch(0, 0, trained))
+    fakes |= dict(demonstrations=lambda *_: experience.Batch(0, 0, trained))
     for name, fake in fakes.items():
         monkeypatch.setattr(train_rl, name, fake)
+    monkeypatch.setattr(experience, "trained_logp", logp)
     learnt = train_rl.cold_start(model, TOKENIZER, settings(sft_steps=300))
     falls = [k / 100 for k in range(100, 0, -1)]
     shares = [k / 30 for k in range(1, 31)] + [1] * 20 + falls + ([1] * 50 + falls) * again

@@ -51,6 +51,7 @@ from cli import (
 )
 from cli import model as m1
 from experience import (
+    Imitation,
     collect,
     evaluate,
     make_batch,
@@ -59,7 +60,6 @@ from experience import (
     response_texts,
     solvable,
     substream,
-    trained_logp,
 )
 from tokenizer import Tokenizer
 
@@ -236,20 +236,17 @@ def cold_start(model, tokenizer, flags, batch_size=48):
     it falls over 100 steps. Returns {steps, skill, loss}.
     """
     rng = random.Random(substream(flags.seed, "demonstrations"))
-    top_lr, coef = 3e-3 * 64 / model.config.hidden_size, model.config.router_aux_loss_coef
+    top_lr, imitate = 3e-3 * 64 / model.config.hidden_size, Imitation(model)
     optimizer, warmup, cooldown, every = make_optimizer(model), 30, 100, 50
     skill, stop = 0.0, flags.cold.sft_steps
     bar = tqdm(total=stop, desc="cold start", unit="step", disable=None)
     for step in range(1, flags.cold.sft_steps + 1):
         batch = demonstrations(flags, rng, tokenizer, batch_size, model.device)
-        logp, _, aux = trained_logp(model, batch)
-        loss = -logp[batch.trained].mean()
-        (loss + coef * aux.router_loss).backward()
+        loss = imitate(batch)
         clip(model, flags.max_grad_norm)
         lr = top_lr * min(step / warmup, 1, (stop - step + 1) / cooldown)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad()
         bar.update()
         if step % every == 0 or step == stop:
             skill = chain_skill(model, tokenizer, flags)
@@ -264,6 +261,7 @@ def cold_start(model, tokenizer, flags, batch_size=48):
         if step == stop:
             break
     bar.close()
+    optimizer.zero_grad()
     return {"steps": step, "skill": skill, "loss": loss.item()}
 
 

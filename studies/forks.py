@@ -10,6 +10,7 @@ import tempfile
 from unittest import mock
 
 import cispo
+import experience
 import tasks
 import train_rl
 from cli import torch
@@ -34,7 +35,7 @@ def watch(algo, folder, settings):
 
     def now():
         with torch.no_grad():
-            logp, _, _ = train_rl.trained_logp(seen["model"], seen["one"])
+            logp, _, _ = experience.trained_logp(seen["model"], seen["one"])
         seen["logp"].append(logp[seen["one"].trained])
 
     def watched_loss(logp, *rest):
