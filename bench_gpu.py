@@ -141,12 +141,18 @@ def kernel(flags):
     if flags.sweep:
         return print_table(recorded(flags, "kernel-sweep", time_block_sizes))
     rows = measured(flags, "kernel", time_kernels)
-    shapes, lengths = by(rows, "part").values()
+    shapes, lengths, *launches = by(rows, "part").values()
     shown = {"B, L, H, D": "{shape}"}
     for job, (title, _) in JOBS.items():
         columns = shown | {f"{title}: floor, us": f"{{{job}_floor_us:,.0f}}"}
         columns |= {f"{x}, us": f"{{{x}_{job}_us:,.0f}}" for x in RIVALS if x != "recurrent"}
         print_table(shapes, columns | {"this kernel, x floor": f"{{triton_{job}_x:.2f}}"})
+    for [row] in launches:
+        print("Microseconds of the host for a call on almost no tokens, as 16 layers make them")
+        for name in ("triton", "fla", "add"):
+            if f"{name}_forward_us" in row:
+                told = f"{{{name}_forward_us:7.1f}} forward {{{name}_both_us:7.1f}} with gradients"
+                print(f"  {RIVALS.get(name, 'x + x'):24}" + told.format(**row))
     heads = "fastest, middle and slowest head"
     print(f"Relative error against fp64 at batch 1, the worst of a layer's {heads}")
     print_table(shapes, shown | {x: f"{{error_{x}:.1e}}" for x in ERRORS})
@@ -174,7 +180,7 @@ def time_block_sizes(quick):
         for flat, (C, BV, warps, stages) in product((True, False), usual):
             choice = {"C": C, "BV": BV, "warps": warps, "stages": stages, "flat": flat}
             with contextlib.suppress(attn.triton.runtime.errors.OutOfResources):
-                run = partial(attn._scan, *qkvo, slope, **choice)
+                run = partial(attn._scan, [tuple(qkvo)], slope, **choice)
                 seconds = median(gpu_race({"x": [run]}, 10)["x"])
                 row = {"shape": str(shape)[1:-1], **choice, "x_floor": f"{seconds / floor:.3f}"}
                 rows.append(row | {"gpu": machine["gpu"]})
@@ -197,15 +203,39 @@ def time_kernels(quick):
             row[f"triton_{job}_x"] = f"{float(row[f'triton_{job}_us']) / floor / scale:.4g}"
         rows.append(row | (errors(shape) if part == "shapes" else {}))
         print(shape, flush=True)
+    rows.append(time_launches((1, 256, 4, 64)))
     columns = dict.fromkeys(name for row in rows for name in row)  # before the machine's: all
     return [columns | row | machine for row in rows]
+
+
+def time_launches(shape, n_layers=16):
+    """A row of kernel.csv: what a call costs the host where the device has next to nothing to do."""
+    qkv, row = torch.randn(3, *shape, device=DEVICE, dtype=torch.bfloat16), {"part": "launch"}
+    slope = attn.decay_slopes(shape[2], 0, 80, DEVICE)
+    calls = {"add": lambda q, *_: (q + q,)}
+    calls["triton"] = partial(attn.lightning_attention, slope=slope, impl="triton")
+    with contextlib.suppress(ImportError):
+        calls["fla"] = partial(fla.chunk_simple_gla, g_gamma=-slope, scale=1.0)
+
+    def run(call, job):
+        _, k, v = o = [x.detach().requires_grad_(job == "both") for x in qkv]
+        for _ in range(n_layers):
+            o = call(o[0], k, v)
+        if job == "both":
+            o[0].sum().backward()
+
+    for job, (name, call) in product(JOBS, calls.items()):
+        [seconds] = race({name: partial(run, call, job)}, 100).values()
+        row |= quartiles(f"{name}_{job}_us", [s * 1e6 / n_layers for s in seconds])
+    return row | {"shape": str(shape)[1:-1]}
 
 
 def rivals(shape, job):
     """{name: functions of nothing}, one for each set of inputs; all sets exceed the cache."""
     L, H = shape[1:3]
     slope, n_sets = attn.decay_slopes(H, 0, 80, DEVICE), 2**28 // (8 * math.prod(shape))
-    sets = torch.randn(max(1, min(4, n_sets)), 4, *shape, device=DEVICE, dtype=torch.bfloat16)
+    new = partial(torch.randn, shape, device=DEVICE, dtype=torch.bfloat16)
+    sets = [[new() for _ in "qkvo"] for _ in range(max(1, min(4, n_sets)))]
 
     def sdpa(q, k, v, backend):
         qkv = (x.transpose(1, 2) for x in (q, k, v))

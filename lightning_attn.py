@@ -25,7 +25,6 @@ steep the slope or long the text.
 """
 
 import argparse
-import contextlib
 import functools
 import math
 import timeit
@@ -230,49 +229,60 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 # Bytes per token and head (bf16): 2 (2K + 2V), each input once from memory, each output once. a and
 # b are read by V / BV programs at the same time; the L2 cache serves all but the first. FLOPs:
 # 2 C (K + V) + 4 K V, K-products V / BV times. Backward reads three inputs in each of three scans,
-# 9 + 3 tensors where 4 + 3 would do; dk and dv share some of them in the cache.
+# 9 + 3 tensors where 4 + 3 would do; dk and dv, in one launch, share q and do.
 #
-# What each idea bought: forward at (B, L, H, D) = (1, 8192, 64, 128) bf16 on an H200, x the time
-# that memory needs (1.24 to 1.29 at the end, from one H200 to another):
+# What each idea bought, x the time that memory needs: forward at (B, L, H, D) = (1, 8192, 64, 128)
+# bf16 on an H200, then forward + backward on an H100 there and at batch 8:
 #
 #     pointers, cp.async 4 deep                                           1.56
 #     copy engine, (B, L, H, V) tiles                                     1.50
 #     copy engine, flat (B L, H V) tiles                                  1.39
 #     S^T from the registers, transposed throughout                       1.33
 #     c^T lam^.. from the registers, too (the product of zeros below)     1.26
+#     dk and dv on two streams                                                    1.31   1.54
+#     dk and dv in one launch, their programs in turn                             1.29   1.36
+#     all columns of a head in one program of 8 warps, where heads abound                1.33
 #
-# The rest is the chain of products and barriers inside a chunk, not memory: loads and stores alone
-# take 1.03, and reading all from the L2 cache saved 0.02. Two programs to a processor hide each
-# other's waiting: 1.12 at (8, 8192, 64, 128). Where tensors lie matters, too: 32,768 tokens took
-# 1.38 with tensors one after another and 1.64 with 2 MB between them, 65,536 tokens 1.27.
+# The rest forward is the chain of products and barriers inside a chunk. Backward is near what its
+# products take: with all reads from the L2 cache dk and dv would take 2.06 ms instead of 2.39 at
+# batch 8. At 32,768 tokens (1.36) their programs drift apart and share little. Where tensors lie
+# matters, too: in one block of memory 32,768 tokens take 1.30 forward, not 0.99.
 
 
 @functools.partial(jit, do_not_specialize=["L"])  # or it is compiled for odd and even L
 def _scan_kernel(
-    a, b, c, o, o_ptr, slope, first, last, local, cu_seqlens, L, H, step_a, step_b, step_c,
-    segment, n_segments, state_k, state_v, REVERSE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FLAT: tl.constexpr, OUTPUT: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    a, b, c, o, o_ptr, local, step_a, step_b, step_c, a2, b2, c2, o2, o2_ptr, local2, step_a2,
+    step_b2, step_c2, slope, first, last, cu_seqlens, L, H, segment, n_segments,
+    FLIP: tl.constexpr, REVERSE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """o = scan(a, b, c) of one head, BV columns of c and one segment.
 
     a, b (B, L, H, K), c, o (B, L, H, V): descriptors. o_ptr: o again, for masked stores. step_*:
-    elements between heads. state_k, state_v: strides of first and last. OUTPUT False: no o, only
-    `local` (N, segments, H, V, K), what each segment adds to the state.
+    elements between heads. first, last (N, H, K, V), but (N, H, V, K) with FLIP, and then no last
+    is stored. OUTPUT False: no o, only `local` (N, segments, H, V, K), what each segment adds to
+    the state. a2 and so on: None, or a second scan of the same widths beside the first, not
+    flipped: each finds in the L2 cache what the other has read.
     """
-    pid, n_v = tl.program_id(0), tl.cdiv(V, BV)
-    v0, h = pid % n_v * BV, pid // n_v % H
-    g, n = pid // (n_v * H) % n_segments, pid // (n_v * H * n_segments)
+    n_v, flip = tl.cdiv(V, BV), FLIP
+    pid, part = tl.program_id(0) // n_v, tl.program_id(0) % n_v
+    if a2 is not None:
+        pid, flip = tl.program_id(0) // (2 * n_v), tl.program_id(0) // n_v % 2 == 0
+        if flip == 0:  # tensors are chosen: two branches would take the shared memory of both
+            a, b, c, o, o_ptr, local = a2, b2, c2, o2, o2_ptr, local2
+            step_a, step_b, step_c = step_a2, step_b2, step_c2
+    v0 = part * BV
+    BK: tl.constexpr = triton.next_power_of_2(K)
+    h, g, n = pid % H, pid // H % n_segments, pid // (H * n_segments)
     row, start, n_tokens = n, 0, L  # row of the batch, first token in it
     if cu_seqlens is not None:
         row, start = 0, tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int32), 0), L)
         n_tokens = tl.minimum(tl.load(cu_seqlens + n + 1).to(tl.int32), L) - start
     begin = g * segment  # counted in the direction of the walk
-    m_segment = tl.minimum(segment, n_tokens - begin)
-    if (g > 0) & (m_segment <= 0):
-        return
-    if not OUTPUT and g == n_segments - 1:
-        return  # nobody asks for the state behind the last segment
+    m_segment = tl.maximum(tl.minimum(segment, n_tokens - begin), 0)
+    if not OUTPUT:
+        m_segment = tl.where(g < n_segments - 1, m_segment, 0)  # nobody asks for the last state
 
     # Decay tables.
     rate = tl.load(slope + h)
@@ -290,11 +300,12 @@ def _scan_kernel(
     # The state at the head of the segment: the first state, then what the segments before wrote.
     vs, ks = v0 + tl.arange(0, BV)[:, None], tl.arange(0, BK)[None, :]
     inside = (vs < V) & (ks < K)
+    at_state = tl.where(flip, ks + vs * K, ks * V + vs)
     S = tl.zeros([BV, BK], dtype=tl.float32)
     if OUTPUT:
         if first is not None:
             first += (n * H + h).to(tl.int64) * K * V
-            S = tl.load(first + ks * state_k + vs * state_v, mask=inside, other=0.0)
+            S = tl.load(first + at_state, mask=inside, other=0.0)
         if local is not None:
             forget_segment = _forget_kernel(rate, segment)
             for j in tl.range(0, g, loop_unroll_factor=2):
@@ -337,9 +348,10 @@ def _scan_kernel(
         local += ((n * n_segments + g) * H + h).to(tl.int64) * K * V
         tl.store(local + vs * K + ks, S, mask=inside)
     elif last is not None:
-        if begin + segment >= n_tokens:
+        ends = (begin + segment >= n_tokens) & ((begin < n_tokens) | (g == 0))
+        if ends & (flip == 0):
             last += (n * H + h).to(tl.int64) * K * V
-            tl.store(last + ks * state_k + vs * state_v, S, mask=inside)
+            tl.store(last + at_state, S, mask=inside)
 
 
 @jit
@@ -377,29 +389,27 @@ def _forget_kernel(rate, n_tokens):
 
 
 def _scan(
-    a, b, c, o, slope, first=None, last=None, cu_seqlens=None, *, reverse=False, flip=False, **plan
+    scans, slope, first=None, last=None, cu_seqlens=None, *, flip=False, reverse=False, **plan
 ):
-    """Launch the kernel: fills o, contiguous, and `last`, if given, with the state at the end.
+    """Launch one scan, or a flipped one and one that is not: fills o, contiguous, and `last`.
 
-    a, b (B, L, H, K), c, o (B, L, H, V); first, last (N, H, K, V) fp32, or (N, H, V, K) with
-    `flip`: dq and dk are scans with K and V exchanged, whose state is the transpose. `plan`: for
-    _plan.
+    scans: [(a, b, c, o)], a, b (B, L, H, K), c, o (B, L, H, V); first, last None or (N, H, K, V)
+    fp32, with `flip` (N, H, V, K): dq and dk are scans with K and V exchanged, whose state is the
+    transpose. Of a flipped scan there is no last. plan: for _plan.
     """
-    if o.numel() == 0:
-        if last is not None:
-            last.zero_() if first is None else last.copy_(first)
-        return
-    tensors = a, b, c, o, slope, first, last, cu_seqlens
-    layout = a.shape, c.shape, a.stride(), b.stride(), c.stride(), a.dtype, a.device
-    starts = [x if x is None else x.data_ptr() % 16 for x in tensors]
-    n_bounds = 0 if cu_seqlens is None else (len(cu_seqlens), cu_seqlens.dtype)
-    kind = (reverse, flip, n_bounds, *layout, *starts, *plan.items())
-    launch = _launches.get(kind)
+    tensors = [*(x for scan in scans for x in scan), slope, first, last, cu_seqlens]
+    kind = [flip, reverse, *plan.items(), slope.device, tensors[0].dtype]
+    for a, b, c, _ in scans:
+        kind += [a.shape, c.shape, a.stride(), b.stride(), c.stride()]
+    kind += [x if x is None else x.data_ptr() % 16 for x in tensors]
+    if cu_seqlens is not None:
+        kind += [len(cu_seqlens), cu_seqlens.dtype]
+    launch = _launches.get(kind := tuple(kind))
     if launch is None:
         if len(_launches) == 4096:
             _launches.clear()
-        launch = _launches[kind] = _Launch(*tensors, reverse, flip, plan)
-    launch(*tensors)
+        launch = _launches[kind] = _Launch(scans, cu_seqlens, flip, reverse, plan)
+    launch(scans, slope, first, last, cu_seqlens)
 
 
 _launches = {}  # all that a launch depends on but for addresses and numbers -> _Launch
@@ -412,12 +422,12 @@ class _Launch:
     and a descriptor of tiles at itself, which takes three times as long as this.
     """
 
-    def __init__(self, a, b, c, o, slope, first, last, cu_seqlens, reverse, flip, plan):
-        (B, L, H, K), V = a.shape, c.shape[-1]
+    def __init__(self, scans, cu_seqlens, flip, reverse, plan):
+        (B, L, H, K), V = scans[0][0].shape, scans[0][2].shape[3]
         N = B if cu_seqlens is None else len(cu_seqlens) - 1
-        self.in_place = [_copy_engine_reads(x) for x in (a, b, c)]
-        a, b, c = self._readable(a, b, c)
-        C, BK, BV, n_segments, flat, stages, self.warps = _plan(N, a, b, c, **plan)
+        self.in_place = [[_copy_engine_reads(x) for x in scan[:3]] for scan in scans]
+        read = [self._readable(*x) for x in zip(scans, self.in_place)]
+        C, BV, n_segments, flat, stages, self.warps = _plan(N, read, **plan)
         segment = triton.cdiv(triton.cdiv(L, n_segments), C) * C
         n_segments = triton.cdiv(L, segment)
 
@@ -429,80 +439,80 @@ class _Launch:
                 tiles = TensorDescriptor(x, list(x.shape), list(x.stride()), [1, C, 1, width])
             return {name: fact for name, fact in vars(tiles).items() if name != "base"}
 
-        self.tiles = tiles(a, BK), tiles(b, BK), tiles(c, BV), tiles(o, BV)
+        BK, self.tiles, self.steps = triton.next_power_of_2(K), [], []
+        for (a, b, c), (*_, o) in zip(read, scans):
+            self.tiles.append((tiles(a, BK), tiles(b, BK), tiles(c, BV), tiles(o, BV)))
+            self.steps.append((a.stride(2), b.stride(2), c.stride(2)))
         self.local = (N, n_segments, H, V, K) if n_segments > 1 else None
-        state_steps = (1, K) if flip else (V, 1)
-        sizes = L, H, a.stride(2), b.stride(2), c.stride(2), segment, n_segments, *state_steps
-        precision = "tf32x3" if a.dtype == torch.float32 else "tf32"  # in fp32 1e-6, not 3e-4
-        self.grid = N * n_segments * H * triton.cdiv(V, BV), 1, 1
-        fixed = [
-            (output, precision, stages) for output in ((False, True) if self.local else (True,))
-        ]
-        self.sizes = [(*sizes, reverse, K, V, BK, BV, C, flat, *rest) for rest in fixed]
-        self.compiled = [None] * len(fixed)
+        self.grid = N * n_segments * H * len(scans) * triton.cdiv(V, BV), 1, 1
+        precision = "tf32x3" if o.dtype == torch.float32 else "tf32"  # in fp32 1e-6, not 3e-4
+        fixed = L, H, segment, n_segments, flip, reverse, K, V, BV, C, flat, precision, stages
+        self.fixed = [(*fixed, output) for output in ((False, True) if self.local else (True,))]
+        self.compiled = [None] * len(self.fixed)
 
-    def __call__(self, a, b, c, o, slope, first, last, cu_seqlens):
-        tensors, local = [*self._readable(a, b, c), o], None
-        if self.local:
-            local = torch.empty(self.local, dtype=torch.float32, device=a.device)
-        descriptors = []
-        for x, facts in zip(tensors, self.tiles):
-            descriptors.append(object.__new__(TensorDescriptor))
-            descriptors[-1].__dict__.update(facts, base=x)
-        tensors = *descriptors, o, slope, first, last, local, cu_seqlens
-        with torch.cuda.device_of(a):
-            for i, sizes in enumerate(self.sizes):
+    def __call__(self, scans, slope, *states_and_bounds):
+        tensors = []
+        for scan, in_place, tiles, steps in zip(scans, self.in_place, self.tiles, self.steps):
+            for x, facts in zip((*self._readable(scan, in_place), scan[3]), tiles):
+                tensors.append(object.__new__(TensorDescriptor))
+                tensors[-1].__dict__.update(facts, base=x)
+            how = dict(dtype=torch.float32, device=slope.device)
+            tensors += scan[3], self.local and torch.empty(self.local, **how), *steps
+        tensors += [None] * (18 - len(tensors))  # where there is no second scan
+        with torch.cuda.device_of(slope):
+            for i, fixed in enumerate(self.fixed):
+                args = *tensors, slope, *states_and_bounds, *fixed
                 if self.compiled[i] is None:  # compiles, or interprets and gives None
-                    launch = _scan_kernel[self.grid]
-                    self.compiled[i] = launch(*tensors, *sizes, num_warps=self.warps)
+                    self.compiled[i] = _scan_kernel[self.grid](*args, num_warps=self.warps)
                 else:
-                    self.compiled[i][self.grid](*tensors, *sizes)
+                    self.compiled[i][self.grid](*args)
 
-    def _readable(self, *tensors):
-        """Copies of those that the copy engine cannot read as they lie."""
-        packed = torch.contiguous_format
-        return [
-            x if fine else x.clone(memory_format=packed) for x, fine in zip(tensors, self.in_place)
-        ]
+    def _readable(self, scan, in_place):
+        """a, b and c, or copies of those that the copy engine cannot read as they lie."""
+        how = dict(memory_format=torch.contiguous_format)
+        return [x if fine else x.clone(**how) for x, fine in zip(scan, in_place)]
 
 
 def _plan(
-    N, a, b, c, *, alone=None, C=None, BV=None, n_segments=None, flat=None, stages=None, warps=None
+    N, scans, *, alone=None, C=None, BV=None, n_segments=None, flat=None, stages=None, warps=None
 ):
-    """Block sizes and the like for N sequences: fixed rules, from a sweep on an H200.
+    """Block sizes and the like for N sequences of each scan (a, b, c): from sweeps on H200, H100.
 
     C = 64 rows are what a matrix instruction takes. BV = 64: two programs to a head of width 128,
     so 64 heads fill 128 of 132 processors. Where that is all there is (`alone`: at most one program
     to a processor), tiles are cut from a flat (B L, H V) view, 4 deep (5 gains up to 2 %, or loses
-    it). Where two programs share a processor, as dk and dv also do, running beside each other,
-    (B, L, H, V) tiles 3 deep are better: two programs with flat ones do not fit.
+    it). Where two programs share a processor, (B, L, H, V) tiles 3 deep are better: two programs
+    with flat ones do not fit. Where heads abound, one program takes all 128 columns of one.
 
     Segments: as many as fill the GPU. They read b and c once more, 2 (K + V) bytes per token and
     head on top of 2 (2K + 2V).
     """
-    B, L, H, K = a.shape
-    V = c.shape[-1]
-    processors, memory = _gpu(a.device)
-    BK, BV = triton.next_power_of_2(K), BV or min(64, triton.next_power_of_2(V))
+    tensors = [x for scan in scans for x in scan]
+    (B, L, H, K), V = tensors[0].shape, tensors[2].shape[3]
+    dtype, (processors, memory) = tensors[0].dtype, _gpu(tensors[0].device)
+    BK, wide = triton.next_power_of_2(K), triton.next_power_of_2(V)
+    many = N * H * len(scans) >= 2 * processors and dtype != torch.float32 and K == V == wide == 128
+    BV = BV or (wide if many else min(64, wide))
     if C is None:
         C = 64
         # 48 KB in fp32: tf32x3 keeps copies beside a tile
-        while a.dtype == torch.float32 and C * (2 * BK + BV) > 12 * 1024:
+        while dtype == torch.float32 and C * (2 * BK + BV) > 12 * 1024:
             C //= 2
-    n_programs = N * H * triton.cdiv(V, BV)
+    n_programs = N * H * triton.cdiv(V, BV) * len(scans)
     if n_segments is None:
-        n_segments = max(1, min(processors // n_programs, L // (4 * C)))
+        n_segments = max(1, min(len(scans) * processors // n_programs, L // (4 * C)))
     if alone is None:
-        alone = n_programs * n_segments <= processors
+        alone = len(scans) == 1 and n_programs * n_segments <= processors
     if flat is None:
-        flat = alone and all(B == 1 or x.stride(0) == L * x.stride(1) for x in (a, b, c))
-    flat = flat and K == BK and V % BV == 0 and all(H * x.stride(2) < 2**31 for x in (a, b, c))
-    stage = C * (2 * BK + BV) * a.element_size()
+        flat = alone and all(B == 1 or x.stride(0) == L * x.stride(1) for x in tensors)
+    whole = K == BK and V % BV == 0
+    flat = flat and whole and all(H * x.stride(2) < 2**31 for x in tensors)
+    stage = C * (2 * BK + BV) * tensors[0].element_size()
     if stages is None:
-        stages = max(1, min(4, int(memory * (0.78 if alone else 0.54)) // stage))
-        if a.dtype == torch.float32:
+        stages = max(1, min(4, int(memory * (0.78 if alone or BV > 64 else 0.54)) // stage))
+        if dtype == torch.float32:
             stages = min(stages, 2)
-    return C, BK, BV, n_segments, flat, stages, warps or (4 if BK <= 128 else 8)
+    return C, BV, n_segments, flat, stages, warps or (8 if BV > 64 or BK > 128 else 4)
 
 
 def _copy_engine_reads(x):
@@ -525,7 +535,10 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, slope: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     o, last = _outputs(q, v, cu_seqlens)
-    _scan(q, k, v, o, slope, state, last, cu_seqlens)
+    if o.numel():
+        _scan([(q, k, v, o)], slope, state, last, cu_seqlens)
+    else:
+        last.zero_() if state is None else last.copy_(state)
     return o, last
 
 
@@ -540,13 +553,16 @@ def _backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, dstate = _gradients(q, k, v, state)
-    last = None if state is None else dstate
-    _scan(do, v, k, dq, slope, state, None, cu_seqlens, flip=True)
-    how = dict(cu_seqlens=cu_seqlens, reverse=True, alone=False)
-    with _aside(q):  # dk beside dv: they share the reads of do and q in the L2 cache
-        _scan(v, do, q, dk, slope, dlast, None, flip=True, **how)
-    _scan(k, q, do, dv, slope, dlast, last, **how)
-    _join(q)
+    if q.numel():
+        _scan([(do, v, k, dq)], slope, state, None, cu_seqlens, flip=True)
+        later, last = dict(cu_seqlens=cu_seqlens, reverse=True), None if state is None else dstate
+        if q.shape == v.shape:
+            _scan([(v, do, q, dk), (k, q, do, dv)], slope, dlast, last, **later)
+        else:
+            _scan([(v, do, q, dk)], slope, dlast, None, flip=True, **later)
+            _scan([(k, q, do, dv)], slope, dlast, last, **later)
+    elif state is not None:
+        dstate.zero_() if dlast is None else dstate.copy_(dlast)
     return dq, dk, dv, dstate
 
 
@@ -566,32 +582,6 @@ def _gradients(q, k, v, state):
 
 def _empty_like(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@functools.cache
-def _side_stream(device):
-    return torch.cuda.Stream(device)
-
-
-def _small(x):
-    """Too little to run beside anything: telling two streams of each other would take longer."""
-    return not x.is_cuda or x.numel() < 2**21
-
-
-@contextlib.contextmanager
-def _aside(x):
-    """What is launched inside runs beside what is launched next, until _join."""
-    if _small(x):
-        yield
-        return
-    _side_stream(x.device).wait_stream(torch.cuda.current_stream(x.device))
-    with torch.cuda.stream(_side_stream(x.device)):
-        yield
-
-
-def _join(x):
-    if not _small(x):
-        torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
 
 
 def _save_inputs(ctx, inputs, output):

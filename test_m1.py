@@ -279,6 +279,7 @@ def attention_error(
     fixed = lightning_attn._plan
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lightning_attn, "_plan", lambda *a, **kw: fixed(*a, **kw | plan))
+        patch.setattr(lightning_attn, "_launches", {})
         found, dtypes = run(lambda *x: lightning_attention(*x, **how), dtype)
     assert [x.dtype for x in found] == dtypes
     return head_error(found, run(alone, torch.float64)[0])
@@ -363,7 +364,7 @@ def test_the_kernel_has_the_outputs_states_and_gradients_of_the_definition(case)
 
 def test_few_sequences_are_cut_and_many_are_not():
     def n_segments(B, L):
-        return lightning_attn._plan(B, *(torch.empty(B, L, 2, 16),) * 3)[3]
+        return lightning_attn._plan(B, [[torch.empty(B, L, 2, 16)] * 3])[2]
 
     n_processors = lightning_attn._gpu(torch.device("cpu"))[0]
     assert (n_segments(1, 256), n_segments(1, 255), n_segments(n_processors, 4096)) == (1, 1, 1)
