@@ -209,7 +209,7 @@ def time_kernels(quick):
 
 
 def time_launches(shape, n_layers=16):
-    """A row of kernel.csv: what a call costs the host where the device has next to nothing to do."""
+    """A row of kernel.csv: what a call costs the host where the device has little to do."""
     qkv, row = torch.randn(3, *shape, device=DEVICE, dtype=torch.bfloat16), {"part": "launch"}
     slope = attn.decay_slopes(shape[2], 0, 80, DEVICE)
     calls = {"add": lambda q, *_: (q + q,)}
