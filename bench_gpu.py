@@ -26,6 +26,7 @@ from studies.common import by, draw_curve, picture, print_table, quartiles, reco
 
 attn = Late("lightning_attn")
 fla, transformers = Late("fla.ops.simple_gla"), Late("transformers")  # to compare with
+mlstm = Late("mlstm_kernels.torch.chunkwise.triton_xl_chunk_siging")
 DEVICE = "cuda"  # a test of what is around the measuring puts "cpu" here
 WALL = partial(timeit, setup="gc.enable()", number=1)
 
@@ -131,6 +132,7 @@ SHAPES += [(8, 2048, 16, 64), (1, 8192, 8, 128)]
 RIVALS = {"recurrent": "lightning, definition", "chunk": "lightning, PyTorch"}
 RIVALS |= {"triton": "lightning, this kernel", "fla": "lightning, fla"}
 RIVALS |= {"flash": "softmax, SDPA flash", "cudnn": "softmax, SDPA cuDNN"}
+PEERS = {"fla_128": "fla, chunks of 128", "fla_fused": "fla, fused", "mlstm": "mlstm_kernels"}
 LONGEST = {"recurrent": 512} | dict.fromkeys(("chunk", "flash", "cudnn"), 2**15)  # tokens
 JOBS = {"forward": ("forward", 4), "both": ("forward + backward", 11)}  # tensors moved at least
 ERRORS = ("o", "state", "dq", "dk", "dv")
@@ -145,7 +147,8 @@ def kernel(flags):
     shown = {"B, L, H, D": "{shape}"}
     for job, (title, _) in JOBS.items():
         columns = shown | {f"{title}: floor, us": f"{{{job}_floor_us:,.0f}}"}
-        columns |= {f"{x}, us": f"{{{x}_{job}_us:,.0f}}" for x in RIVALS if x != "recurrent"}
+        names = [x for x in (RIVALS | PEERS) if x != "recurrent"]
+        columns |= {f"{x}, us": f"{{{x}_{job}_us:,.0f}}" for x in names}
         print_table(shapes, columns | {"this kernel, x floor": f"{{triton_{job}_x:.2f}}"})
     for [row] in launches:
         print("Microseconds of the host for a call on almost no tokens, as 16 layers make them")
@@ -198,12 +201,15 @@ def time_kernels(quick):
         for job, (_, n_tensors) in JOBS.items():
             floor = n_tensors * math.prod(shape) * 2 / bandwidth
             row[f"{job}_floor_us"] = f"{floor * scale:.5g}"
-            for name, seconds in gpu_race(rivals(shape, job), 12).items():
+            functions = rivals(shape, job)
+            if part == "shapes":
+                functions |= peers(shape, job)
+            for name, seconds in gpu_race(functions, 12).items():
                 row |= quartiles(f"{name}_{job}_us", [s * scale for s in seconds])
             row[f"triton_{job}_x"] = f"{float(row[f'triton_{job}_us']) / floor / scale:.4g}"
         rows.append(row | (errors(shape) if part == "shapes" else {}))
         print(shape, flush=True)
-    rows.append(time_launches((1, 256, 4, 64)))
+    rows.append(time_launches((1, 256, 64, 128)))
     columns = dict.fromkeys(name for row in rows for name in row)  # before the machine's: all
     return [columns | row | machine for row in rows]
 
@@ -217,7 +223,7 @@ def time_launches(shape, n_layers=16):
     with contextlib.suppress(ImportError):
         calls["fla"] = partial(fla.chunk_simple_gla, g_gamma=-slope, scale=1.0)
 
-    def run(call, job):
+    def layers(call, job):
         _, k, v = o = [x.detach().requires_grad_(job == "both") for x in qkv]
         for _ in range(n_layers):
             o = call(o[0], k, v)
@@ -225,7 +231,7 @@ def time_launches(shape, n_layers=16):
             o[0].sum().backward()
 
     for job, (name, call) in product(JOBS, calls.items()):
-        [seconds] = race({name: partial(run, call, job)}, 100).values()
+        [seconds] = race({name: partial(layers, call, job)}, 100).values()
         row |= quartiles(f"{name}_{job}_us", [s * 1e6 / n_layers for s in seconds])
     return row | {"shape": str(shape)[1:-1]}
 
@@ -252,13 +258,52 @@ def rivals(shape, job):
         if H == 64:  # it tunes itself for minutes at every new head shape
             functions["fla"] = partial(fla.chunk_simple_gla, g_gamma=-slope, scale=1.0)
 
-    def call(function, q, k, v, do):
-        if job == "forward":
-            return function(q, k, v)
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        return torch.autograd.grad(function(q, k, v)[0], (q, k, v), do)
+    return {name: [partial(run, job, f, *x) for x in sets] for name, f in functions.items()}
 
-    return {name: [partial(call, f, *x) for x in sets] for name, f in functions.items()}
+
+def run(job, function, q, k, v, do):
+    """A forward pass, or one with its gradients."""
+    if job == "forward":
+        return function(q, k, v)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    return torch.autograd.grad(function(q, k, v)[0], (q, k, v), do)
+
+
+def peers(shape, job):
+    """rivals() of other people's kernels that compute this operator, where they are installed and
+    checked against it; fla tunes itself for minutes at every new number of heads.
+    """
+    (B, L, H, D), functions = shape, {}
+    slope = attn.decay_slopes(H, 0, 80, DEVICE)
+    with contextlib.suppress(ImportError):
+        if H == 64:
+            how = {"g_gamma": -slope, "scale": 1.0}
+            functions["fla_128"] = partial(fla.chunk_simple_gla, chunk_size=128, **how)
+            functions["fla_fused"] = partial(fla.fused_chunk_simple_gla, **how)
+    with contextlib.suppress(ImportError):
+        kernel = mlstm.mlstm_siging_chunkwise__xl_chunk
+
+        def gated(q, k, v):  # heads first; sigmoid(30) = 1, sigmoid(f) = exp(-slope)
+            ones = torch.ones(*q.shape[:2], H, device=DEVICE).mT.contiguous()
+            gates = 30 * ones, -torch.expm1(slope)[:, None].log() * ones
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return (kernel(q, k, v, *gates, normalize=False).transpose(1, 2),)
+
+        functions["mlstm"] = gated
+    small = torch.randn(3, 1, 256, H, D, device=DEVICE, dtype=torch.bfloat16)
+    for name, function in list(functions.items()):
+        right, _ = attn.lightning_attention(*small, slope)
+        found, scale = function(*small)[0], 1 if name != "mlstm" else D**-0.5
+        error = float((found - scale * right).norm() / (scale * right).norm())
+        if not error < 2e-2:
+            print(f"{PEERS[name]}: off by {error:.1e}, so it is left out", flush=True)
+            del functions[name]
+    lies = (B, L, H, D), (B, H, L, D)  # each has its tensors as it wants them
+    new = partial(torch.randn, device=DEVICE, dtype=torch.bfloat16)
+    tensors = {name: [new(lies[name == "mlstm"]) for _ in "qkvo"] for name in functions}
+    for x in tensors.get("mlstm", ()):
+        x.transpose_(1, 2)
+    return {name: [partial(run, job, f, *tensors[name])] for name, f in functions.items()}
 
 
 def errors(shape):
