@@ -236,7 +236,6 @@ LABELS = {  # of columns in pictures, where the name alone does not tell
     "over_capacity": "choices beyond 1.25 even loads", "ratio_max": "largest ratio of a step",
     "weight_clip_frac_high": "tokens at the cap, share",
 }  # fmt: skip
-LOGARITHMIC = ("logp_gap_mean", "ratio_max")
 OVERALL = {"area under accuracy": area, "final accuracy": last}
 
 
@@ -288,12 +287,15 @@ def in_processes(function, jobs, title):
 
 @dataclass(frozen=True)
 class Study:
-    """Settings to compare over seeds, from a cold start that a seed's runs share."""
+    """Settings to compare over seeds, from a cold start that a seed's runs share.
+
+    Among a setting's flags may stand `change`, a function that changes the code of its runs, or
+    `always`, one that changes that of their cold starts as well.
+    """
 
     name: str
     title: str
-    settings: dict  # {name: {flag: value}}; `change`: a function that changes a run's code first,
-    # `always`: ... and that of its cold start
+    settings: dict  # {name: {flag: value}}
     flags: dict = field(default_factory=dict)  # of all runs, beside PRESSURE
     curves: tuple = ("fork_rate", "accuracy", "entropy")
     beside: dict = field(default_factory=dict)  # {name: the one to compare it with, not the first}
@@ -326,8 +328,9 @@ class Study:
                 for width, (name, runs) in zip(range(len(logs), 0, -1), logs.items()):
                     style = {"band": 0.4 / len(logs), "lw": 1.2 * width}  # equal ones side by side
                     draw_median(axis, runs, "step", column, name, **style)
-                scale = "log" if column in ("logp_gap_mean", "ratio_max") else "linear"
-                axis.set(xlabel="RL step", ylabel=LABELS.get(column, column), yscale=scale)
+                axis.set(xlabel="RL step", ylabel=LABELS.get(column, column))
+                if column in ("logp_gap_mean", "ratio_max") and axis.dataLim.ymax > 0:
+                    axis.set_yscale("log")
             axes[0].legend(fontsize=8)
         goals = [column for column in self.curves if column in THRESHOLDS]
         measures = {"accuracy before": (first, "accuracy")}

@@ -111,9 +111,12 @@ def show_both(flags):
         right.legend()
 
 
-main = common.script(
-    lambda flags: (show_both if flags.preset or flags.init else PLAN.show)(flags), __doc__, Flags
-)
+def study(flags):
+    """The study, or the two runs in bf16."""
+    return show_both(flags) if flags.preset or flags.init else PLAN.show(flags)
+
+
+main = common.script(study, __doc__, Flags)
 
 if __name__ == "__main__":
     main()
