@@ -8,30 +8,13 @@ start from the same cold starts, and steps are compared seed by seed.
 """
 
 import dataclasses
-import itertools
 import math
-import statistics
 from dataclasses import dataclass
+from itertools import product
 
-from studies.common import (
-    PRESSURE,
-    RARE_FORK,
-    THRESHOLDS,
-    Flags,
-    Study,
-    area,
-    bootstrap,
-    by,
-    interval,
-    last,
-    picture,
-    print_table,
-    recorded,
-    run_study,
-    script,
-    show_study,
-    steps_to,
-)
+from cli import numpy as np
+from studies import common
+from studies.common import THRESHOLDS, area, bootstrap, by, interval, last, steps_to
 
 ALGORITHMS = {
     "cispo": {"algo": "cispo"},
@@ -40,25 +23,28 @@ ALGORITHMS = {
     "grpo, clip alone": {"algo": "grpo", "token_weights": "batch"},
     "reinforce": {"algo": "reinforce"},
 }
-TITLE = "16 updates per rollout, a fork of 1 %: who learns to think first"
-PLAN = Study("algos", TITLE, ALGORITHMS, cold=RARE_FORK)
+OTHERS = list(ALGORITHMS)[1:]
+CLIPPED = OTHERS[:3]  # reinforce drops nothing either
 
 
 def saved(logs):
     """How many steps CISPO takes, as a part of what the others take, seed by seed."""
-    others = [name for name in logs if name not in ("cispo", "reinforce")]
-    for (column, level), other in itertools.product(THRESHOLDS.items(), others):
+    told = []
+    for (column, level), other in product(THRESHOLDS.items(), CLIPPED):
         pairs = zip(logs["cispo"], logs[other])
-        parts = [steps_to(a, column) / steps_to(b, column) for a, b in pairs]
-        print(f"CISPO takes {interval(parts)} of {other}'s steps to {column} {level}")
-    return "The report says 0.5 of DAPO's (32 B parameters, AIME)."
+        parts = interval(steps_to(a, column) / steps_to(b, column) for a, b in pairs)
+        told.append(f"CISPO takes {parts} of {other}'s steps to {column} {level}")
+    return "\n".join([*told, "The report says 0.5 of DAPO's (32 B parameters, AIME)."])
 
+
+TITLE = "16 updates per rollout, a fork of 1 %: who learns to think first"
+PLAN = common.Study("algos", TITLE, ALGORITHMS, common.RARE_FORK, verdict=saved)
 
 # ---- the map
 
 PRIORS, UPDATES, RATES = (0.01, 0.05, 0.2), (4, 16), (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
-BEST, NEVER = "its best", PRESSURE["steps"] + 1
-OTHERS = ("dapo", "grpo", "grpo, clip alone", "reinforce")
+PLACES, COLUMNS = list(product(PRIORS, UPDATES)), (*RATES, "its best")
+NEVER = common.PRESSURE["steps"] + 1
 
 
 def map_rows(quick):
@@ -66,17 +52,16 @@ def map_rows(quick):
     final accuracy, and the largest share of tokens that PPO's clip would have dropped in a step
     until forks crossed their threshold. With one update all algorithms are the same (algo "any").
     """
-    cells = {}
-    for prior, k, lr in itertools.product(PRIORS, (1, *UPDATES), RATES):
+    settings, rows = {}, []
+    for prior, k, lr in product(PRIORS, (1, *UPDATES), RATES):
         for name, algo in ALGORITHMS.items() if k > 1 else [("any", {})]:
-            own = algo | {"fork_prior": prior, "updates_per_rollout": k, "lr": lr}
-            cells[f"{prior} {k} {lr} {name}"] = own, (prior, k, lr, name)
-    plan = dataclasses.replace(PLAN, settings={cell: own for cell, (own, _) in cells.items()})
-    rows = []
-    for (cell, seed), log in by(run_study(plan, quick), "setting", "seed").items():
+            own = {"fork_prior": prior, "updates_per_rollout": k, "lr": lr}
+            settings[prior, k, lr, name] = algo | own
+    runs = by(dataclasses.replace(PLAN, settings=settings).run(quick), "setting", "seed")
+    for (where, seed), log in runs.items():
         log = [{c: x for c, x in row.items() if x != ""} for row in log]
-        names = ("fork_prior", "updates_per_rollout", "lr", "algo")
-        rows.append(dict(zip(names, cells[cell][1])) | {"seed": seed} | summary(log))
+        row = dict(zip(("fork_prior", "updates_per_rollout", "lr", "algo"), where))
+        rows.append(row | {"seed": seed} | summary(log))
     return rows
 
 
@@ -89,117 +74,104 @@ def summary(log):
     return row | {"final": last(log, "accuracy"), "peak_drop": f"{max(drops):.4g}"}
 
 
-def at_best(rates):
-    """{learning rate: [run of every seed]} -> [run of every seed], each at the rate with the
-    largest median area over the OTHER seeds, so that no run takes part in the choice of its own
-    rate.
+def at_best(areas):
+    """Areas (rates, seeds) -> of every seed the number of the rate with the largest median over the
+    OTHER seeds, so that no run takes part in the choice of its own rate.
     """
-    n = len(next(iter(rates.values())))
-
-    def height(lr, seed):
-        areas = [run["area"] for i, run in enumerate(rates[lr]) if i != seed or n == 1]
-        return statistics.median(areas)
-
-    return [rates[max(rates, key=lambda lr: height(lr, i))][i] for i in range(n)]
+    n = areas.shape[1]
+    others = [np.delete(areas, seed, 1) if n > 1 else areas for seed in range(n)]
+    return [int(np.median(other, 1).argmax()) for other in others]
 
 
-def ratios(mine, its, column):
-    """CISPO's steps over another's, seed by seed; without seeds in which neither gets there."""
-    pairs = [[run[f"steps_{column}"] for run in pair] for pair in zip(mine, its)]
-    return [a / b for a, b in pairs if min(a, b) < NEVER] or [math.nan]
+def values(rows, algo, column, places=PLACES):
+    """A column of an algorithm's runs: (places, learning rates and then its best, seeds)."""
+    cells, found = by(rows, "algo", "fork_prior", "updates_per_rollout", "lr"), []
+    for place in places:
+        runs = [cells[algo, *place, lr] for lr in RATES]
+        best = at_best(np.array([[run["area"] for run in its] for its in runs]))
+        runs.append([runs[rate][seed] for seed, rate in enumerate(best)])
+        found.append([[run[column] for run in its] for its in runs])
+    return np.array(found)
+
+
+def ratios(rows, column, other):
+    """CISPO's steps over another's, seed by seed, but for seeds in which neither gets there:
+    (places, rates, median and its interval).
+    """
+    mine, its = (values(rows, algo, f"steps_{column}") for algo in ("cispo", other))
+    parts = np.where(np.minimum(mine, its) < NEVER, mine / its, np.nan)
+    return np.apply_along_axis(bootstrap, 2, parts)
 
 
 def show_map(flags):
     """Tables, sentences and picture of the map."""
-    runs = by(recorded(flags, "algos-map", map_rows), "fork_prior", "updates_per_rollout", "algo")
-    runs = {where: by(rows, "lr") for where, rows in runs.items()}
-    for sweep in runs.values():
-        sweep[BEST] = at_best(sweep)
-    places, cells, table = list(itertools.product(PRIORS, UPDATES)), {}, []
-    for place, lr in itertools.product(places, (*RATES, BEST)):
-        cell = cells[*place, lr] = {
-            name: statistics.median(run["final"] for run in runs[*place, name][lr])
-            for name in ALGORITHMS
-        }
-        cell["drops"] = statistics.median(r["peak_drop"] for r in runs[*place, "cispo"][lr])
-        row = dict(zip(("fork prior", "updates", "learning rate"), (*place, lr)))
-        for column, other in itertools.product(THRESHOLDS, OTHERS):
-            parts = ratios(runs[*place, "cispo"][lr], runs[*place, other][lr], column)
-            cell[column, other] = bootstrap(parts)[0]
-            row[f"{column}, / {other}"] = interval(parts)
-        table.append(row | {"ppo drops, peak": f"{cell['drops']:.1%}"})
+    rows, table = common.recorded(flags, "algos-map", map_rows), []
+    found = {pair: ratios(rows, *pair) for pair in product(THRESHOLDS, OTHERS)}
+    drops = np.median(values(rows, "cispo", "peak_drop"), 2)
+    for (i, (prior, k)), (j, lr) in product(enumerate(PLACES), enumerate(COLUMNS)):
+        row = {"fork prior": prior, "updates": k, "learning rate": lr}
+        for (column, other), part in found.items():
+            row[f"{column}, / {other}"] = "{:.3g} [{:.3g}, {:.3g}]".format(*part[i, j])
+        table.append(row | {"ppo drops, peak": f"{drops[i, j]:.1%}"})
     print(
         "CISPO's steps to a fork rate of 50 % and to an accuracy of 70 % over the others': median"
     )
-    print(
-        "of seeds [95 % bootstrap interval]. ppo drops, peak: until forks are at 50 %. its best: of"
-    )
-    print("each algorithm and seed the learning rate with the largest area over the other seeds.")
-    print_table(table)
-    for prior in PRIORS:
-        sweeps = [runs[prior, 1, "any"]] + [runs[prior, k, "cispo"] for k in UPDATES]
-        rates = [f"{statistics.median(run['lr'] for run in sweep[BEST]):g}" for sweep in sweeps]
-        steps = [interval([run["steps_fork_rate"] for run in sweep[BEST]]) for sweep in sweeps]
-        print(f"prior {prior:g}: at 1, 4, 16 updates per rollout and rates of {', '.join(rates)}")
-        print(f"    CISPO takes {', '.join(steps)} steps to a fork rate of 50 % ({NEVER}: never)")
-    tell(cells)
-    draw(flags, places, cells)
-
-
-def tell(cells):
-    """Where CISPO saves most, and what its savings follow. cells: {(prior, updates, rate):
-    medians}.
-    """
-    kinds = {True: "a setting at which both end at 0.7 or more", False: "any other"}
-    for column, other, sound in itertools.product(THRESHOLDS, OTHERS, kinds):
-        found = {
-            where: cell[column, other]
-            for where, cell in cells.items()
-            if cell[column, other] > 0 and (min(cell["cispo"], cell[other]) >= 0.7) == sound
-        }
-        if found:
-            where = min(found, key=found.get)
-            place = "prior {:g}, {} updates, learning rate {}".format(*where)
-            goal = f"steps to {column} {THRESHOLDS[column]} over {other}'s"
-            print(f"{goal}, lowest in {kinds[sound]}: {found[where]:.2f} ({place})")
-    for other in OTHERS[:3]:  # reinforce drops nothing, too
-        swept = [c for (*_, lr), c in cells.items() if lr in RATES and c["fork_rate", other] > 0]
-        x, y = zip(*((c["drops"], c["fork_rate", other]) for c in swept))
+    print("of seeds [95 % bootstrap interval]. ppo drops, peak: until forks are at 50 %. its best:")
+    print("of each algorithm and seed the rate with the largest area over the other seeds.")
+    common.print_table(table)
+    for prior, k in product(PRIORS, (1, *UPDATES)):
+        sweep = rows, "cispo" if k > 1 else "any"
+        rate, steps = (values(*sweep, x, [(prior, k)])[0, -1] for x in ("lr", "steps_fork_rate"))
+        told = f"steps to a fork rate of 50 % at a rate of {np.median(rate):g} ({NEVER}: never)"
+        print(f"prior {prior:g}, {k} updates per rollout: CISPO takes {interval(steps)} {told}")
+    middle = {pair: part[..., 0] for pair, part in found.items()}
+    ends = {name: np.median(values(rows, name, "final"), 2) for name in ALGORITHMS}
+    for (column, other), part in middle.items():
+        sound = np.minimum(ends["cispo"], ends[other]) >= 0.7
+        lowest = [np.nanmin(part[where], initial=np.inf) for where in (sound, ~sound)]
+        told = "lowest {:.2f} where both end at 0.7 or more, {:.2f} elsewhere".format(*lowest)
+        print(f"steps to {column} {THRESHOLDS[column]} over {other}'s: {told}")
+    for other in CLIPPED:
+        x, y = swept(middle, drops, other)
         few, many = (
-            [b for a, b in zip(x, y) if low <= a < high] or [math.nan]
-            for low, high in ((0, 0.02), (0.1, 1))
+            f"{min(part, default=np.nan):.3f} to {max(part, default=np.nan):.3f}"
+            for part in (y[x < 0.02], y[x >= 0.1])
         )
-        few, many = (f"{min(part):.3f} to {max(part):.3f}" for part in (few, many))
-        fit = (
-            f"correlation {statistics.correlation(x, y):.2f}; {few} below 2 %, {many} from 10 % on"
-        )
+        fit = f"correlation {np.corrcoef(x, y)[0, 1]:.2f}; {few} below 2 %, {many} from 10 % on"
         print(f"over {other}'s they follow what PPO's clip would drop at its peak: {fit}")
+    draw(flags, middle, drops)
 
 
-def draw(flags, places, cells):
+def swept(middle, drops, other):
+    """What PPO's clip would drop and CISPO's steps to forks over another's, at every place and
+    rate.
+    """
+    x, y = (grid[:, :-1].ravel() for grid in (drops, middle["fork_rate", other]))
+    return x[y > 0], y[y > 0]
+
+
+def draw(flags, middle, drops):
     """Maps of the ratios, rows of places and columns of rates; ratios against what a clip drops."""
-    rates, shown = (*RATES, BEST), OTHERS[:2]
-    with picture(flags, "algos-map", 3, (13, 3.8)) as axes:
-        for axis, other in zip(axes, shown):
-            grid = [[cells[*place, lr]["fork_rate", other] for lr in rates] for place in places]
+    rates = [f"{1e4 * lr:g}" for lr in RATES] + ["best"]
+    with common.picture(flags, "algos-map", 3, (13, 3.8)) as (*maps, right):
+        for axis, other in zip(maps, CLIPPED):
+            grid = middle["fork_rate", other]
             axis.imshow(grid, cmap="Greens_r", vmin=0.5, vmax=1.05, aspect="auto")
-            for y, x in itertools.product(range(len(places)), range(len(rates))):
-                axis.text(x, y, f"{grid[y][x]:.2f}", ha="center", va="center")
-            axis.set_xticks(range(len(rates)), [f"{1e4 * lr:g}" for lr in RATES] + ["best"])
-            axis.set_yticks(range(len(places)), [f"{prior:g}, {k:g}" for prior, k in places])
+            for (y, x), ratio in np.ndenumerate(grid):
+                axis.text(x, y, f"{ratio:.2f}", ha="center", va="center")
+            axis.set_xticks(range(len(rates)), rates)
+            axis.set_yticks(range(len(PLACES)), [f"{prior:g}, {k:g}" for prior, k in PLACES])
             title = f"CISPO's steps to 50 % forks / {other}'s"
             axis.set(title=title, xlabel="learning rate, 1e-4", ylabel="fork prior, updates")
-        for other in shown:
-            swept = [cells[*place, lr] for place, lr in itertools.product(places, RATES)]
-            x, y = zip(*((100 * c["drops"], c["fork_rate", other]) for c in swept))
-            axes[-1].plot(x, y, "o", label=other)
-        axes[-1].set(title="it saves where a clip would drop", ylabel="CISPO's steps / the other's")
-        axes[-1].set(xlabel="tokens that PPO's clip would drop, peak, %")
-        axes[-1].legend()
+            x, y = swept(middle, drops, other)
+            right.plot(100 * x, y, "o", label=other)
+        right.set(title="it saves where a clip would drop", ylabel="CISPO's steps / the other's")
+        right.set(xlabel="tokens that PPO's clip would drop, peak, %")
+        right.legend()
 
 
 @dataclass(frozen=True)
-class AlgosFlags(Flags):
+class AlgosFlags(common.Flags):
     """Of all studies, and:"""
 
     full: bool = False
@@ -208,10 +180,10 @@ class AlgosFlags(Flags):
 
 def study(flags):
     """The comparison, or with --full the map."""
-    return show_map(flags) if flags.full else show_study(PLAN, flags, saved)
+    return show_map(flags) if flags.full else PLAN.show(flags)
 
 
-main = script(study, __doc__, AlgosFlags)
+main = common.script(study, __doc__, AlgosFlags)
 
 if __name__ == "__main__":
     main()

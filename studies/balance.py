@@ -6,10 +6,10 @@ Weight and capacity act from the cold start on. Token drop acts in training only
 most 1.25 times an even share of a batch's choices, while rollouts drop nothing.
 """
 
-import functools
+from functools import partial
 
 from cli import model as m1
-from studies.common import Study, script, show_study
+from studies.common import Study, script
 
 
 def experts(coef, capacity=None):
@@ -24,25 +24,17 @@ def experts(coef, capacity=None):
     m1.MoE.__init__ = init
 
 
-CHANGES = {f"weight {coef:g}": functools.partial(experts, coef) for coef in (0.0, 0.001, 0.1)}
-CHANGES |= {f"weight {coef:g}, drop": functools.partial(experts, coef, 1.25) for coef in (0.0, 0.1)}
+SETTINGS = {f"weight {coef:g}": (coef,) for coef in (0.0, 0.001, 0.1)}
+SETTINGS |= {f"weight {coef:g}, drop": (coef, 1.25) for coef in (0.0, 0.1)}
 PLAN = Study(
     "balance",
     "load-balancing loss and token drop, in cold start and RL",
-    {name: {} for name in CHANGES},
+    {name: {"always": partial(experts, *how)} for name, how in SETTINGS.items()},
     curves=("over_capacity", "logp_gap_mean", "accuracy"),
-    changes=CHANGES,
-    in_cold=True,
     beside={"weight 0.1, drop": "weight 0.1"},
 )
 
-
-def study(flags):
-    """Run it, or read it; table and picture."""
-    return show_study(PLAN, flags)
-
-
-main = script(study, __doc__)
+main = script(PLAN.show, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -4,23 +4,17 @@ python -m studies.control (9 minutes)
 """
 
 from studies.algos import ALGORITHMS
-from studies.common import Study, script, show_study
+from studies.common import Study, script
 
 PLAN = Study(
     "control",
     "no planted fork: every response is a chain, learnt in part",
     ALGORITHMS,
-    cold={"fork_prior": 1.0, "sft_skill": 1.0, "sft_steps": 200},
-    curves=("accuracy", "entropy", "ess"),
+    {"fork_prior": 1.0, "sft_skill": 1.0, "sft_steps": 200},
+    ("accuracy", "entropy", "ess"),
 )
 
-
-def study(flags):
-    """Run it, or read it; table and picture."""
-    return show_study(PLAN, flags)
-
-
-main = script(study, __doc__)
+main = script(PLAN.show, __doc__)
 
 if __name__ == "__main__":
     main()

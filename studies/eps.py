@@ -6,18 +6,17 @@ python -m studies.eps --fast    ... at a learning rate of 8e-4, where a cap acts
 
 from dataclasses import dataclass
 
-from studies.common import PRESSURE, RARE_FORK, Flags, Study, script, show_study
+from studies.common import RARE_FORK, Flags, Study, script
 
 CAPS = {f"cap {cap}": {"eps_high": float(cap) - 1} for cap in (2, 5, 8)}
 CAPS["cap none"] = {"eps_high": float("inf")}
-PLAN = Study("eps", "the cap on CISPO's weight", CAPS, cold=RARE_FORK)
+PLAN = Study("eps", "the cap on CISPO's weight", CAPS, RARE_FORK)
 FAST = Study(
     "eps-fast",
     "the cap on CISPO's weight, at a learning rate of 8e-4, where it acts",
     CAPS,
-    PRESSURE | {"lr": 8e-4},
-    RARE_FORK,
-    curves=("fork_rate", "accuracy", "ratio_max", "weight_clip_frac_high"),
+    RARE_FORK | {"lr": 8e-4},
+    ("fork_rate", "accuracy", "ratio_max", "weight_clip_frac_high"),
 )
 
 
@@ -29,12 +28,7 @@ class EpsFlags(Flags):
     """at a learning rate of 8e-4"""
 
 
-def study(flags):
-    """Run it, or read it; table and picture."""
-    return show_study(FAST if flags.fast else PLAN, flags)
-
-
-main = script(study, __doc__, EpsFlags)
+main = script(lambda flags: (FAST if flags.fast else PLAN).show(flags), __doc__, EpsFlags)
 
 if __name__ == "__main__":
     main()

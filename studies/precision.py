@@ -6,19 +6,18 @@ python -m studies.precision --preset base (one GPU): products and rollouts in bf
 The head rounds logits to bf16 in training and in rollouts alike, as in the report's first runs.
 """
 
-import functools
-import statistics
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 from unittest import mock
 
-import runlog
+import cispo
 import train_rl
-from cli import check, torch
 from cli import model as m1
+from cli import torch
 from studies import common
-from studies.common import Study, draw_curve, points, recorded, script, show_study, train_run
+from studies.common import curve, mean, train_run
 
 
 def rounded(model, hidden):
@@ -32,13 +31,27 @@ def bf16_head():
     m1.MiniMaxM1.head = rounded
 
 
-PLAN = Study(
+def gaps(logs):
+    """The gap between training and rollout in numbers."""
+    told = []
+    for name, runs in logs.items():
+        found = curve([row for run in runs for row in run], "logp_gap_mean")[1] or [0.0]
+        average, worst = sum(found) / len(found), max(found)
+        text = f"mean {average:.1e}, at worst in a step {worst:.1e}"
+        told.append(f"{name}: |log-prob, training - rollout|: {text}")
+    return "\n".join(told)
+
+
+PLAN = common.Study(
     "precision",
     "output head in fp32 and in bf16, training against rollout",
-    {"fp32": {}, "bf16": {}},
+    {"fp32": {}, "bf16": {"change": bf16_head}},
     curves=("prob_corr", "logp_gap_mean", "accuracy"),
-    changes={"bf16": bf16_head},
+    verdict=gaps,
 )
+
+# ---- two runs in bf16, on a GPU
+
 KEPT = ("step", "prob_corr", "logp_gap_mean", "logp_gap", "correct", "accuracy")
 
 
@@ -53,48 +66,35 @@ class Flags(common.Flags):
     steps: int = 10
     """RL steps of the two runs"""
 
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, steps=(1, 10_000))
-
 
 def train_both(flags, quick):
     """Rows of precision-gpu.csv: steps of a run with each head, and of the first of them up to
     1,000 tokens: their probabilities in training and in rollouts.
     """
     how = {"dtype": "bf16", "device": "cuda" if flags.preset in ("small", "base") else "auto"}
-    how |= {"prompts": 16, "eval_problems": 6, "min_groups": 1} if quick else {}
-    measure, rows = train_rl.measure, []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        start, moves = flags.init or f"{folder}/cold", 10 if flags.preset == "base" else 6
+        start = flags.init or f"{folder}/cold"
         if not flags.init:
-            cold = {"preset": flags.preset, "moves": moves} | ({"sft_steps": 40} if quick else {})
-            train_run(start, how | cold | {"steps": 0})
+            cold = {"preset": flags.preset, "moves": 10 if flags.preset == "base" else 6}
+            train_run(start, how | cold | {"steps": 0}, quick)
         old = train_rl.stored_flags(start)
         how |= {name: old[name] for name in ("task", "moves", "min_moves") if name in old}
         how |= {"init": start, "preset": flags.init and flags.preset, "steps": flags.steps}
         for name, head in {"fp32": m1.MiniMaxM1.head, "bf16": rounded}.items():
-            out, tokens = f"{folder}/{name}", []
-
-            def watched(slices, old, *rest, tokens=tokens):
-                for part, before in () if tokens else zip(slices, old):
-                    logp = torch.cat([p.logp for p in before])
-                    pair = (x[part.trained].exp().tolist() for x in (logp, part.infer_logp))
-                    tokens.extend(zip(*pair))
-                return measure(slices, old, *rest)
-
-            changed = mock.patch.object(m1.MiniMaxM1, "head", head)
-            with changed, mock.patch.object(train_rl, "measure", watched):
-                train_run(out, how)
-            for row in runlog.read_log(f"{out}/log.csv"):
-                rows.append({"head": name} | {c: row[c] for c in KEPT if c in row})
-            rows += [{"head": name, "training": p, "rollout": q} for p, q in tokens[:1000]]
+            watched = mock.patch.object(cispo, "prob_correlation", wraps=cispo.prob_correlation)
+            with mock.patch.object(m1.MiniMaxM1, "head", head), watched as correlation:
+                log = train_run(f"{folder}/{name}", how, quick)
+            rows += [{"head": name} | {c: row[c] for c in KEPT if c in row} for row in log]
+            for step in correlation.call_args_list[:1]:  # of log-probs in training and in rollouts
+                pairs = zip(*(logp[:1000].exp().tolist() for logp in step.args))
+                rows += [{"head": name, "training": p, "rollout": q} for p, q in pairs]
     return rows
 
 
 def show_both(flags):
     """Both runs in numbers; tokens' probabilities as in Figure 3, and the gaps step by step."""
-    rows = recorded(flags, "precision-gpu", functools.partial(train_both, flags))
+    rows = common.recorded(flags, "precision-gpu", partial(train_both, flags))
     title = "bf16, training against rollout: tokens of the first step; gaps by step"
     told = "{} head: correlation of p {:.6f}, |log-prob, training - rollout| {:.2e}, at most "
     told += "{:.2e}; accuracy {:.3f} to {:.3f}"
@@ -103,27 +103,20 @@ def show_both(flags):
             tokens = [(row["rollout"], row["training"]) for row in part if "rollout" in row]
             square.plot(*zip(*tokens), ".", ms=3)
             square.set(title=f"{name} head", xlabel="p in rollouts", ylabel="p in training")
-            steps = [row for row in part if "step" in row]
-            draw_curve(right, steps, "step", "logp_gap_mean", f"{name} head")
-            means = (common.mean(steps, x) for x in ("prob_corr", "logp_gap_mean"))
-            gaps, right_ones = ([x for _, x in points(steps, c)] for c in ("logp_gap", "accuracy"))
-            print(told.format(name, *means, max(gaps, default=0.0), right_ones[0], right_ones[-1]))
+            common.draw_curve(right, part, "step", "logp_gap_mean", f"{name} head")
+            means = (mean(part, x) for x in ("prob_corr", "logp_gap_mean"))
+            worst, accuracy = (curve(part, x)[1] for x in ("logp_gap", "accuracy"))
+            print(told.format(name, *means, max(worst, default=0.0), accuracy[0], accuracy[-1]))
         right.set(xlabel="RL step", ylabel="mean |log-prob, training - rollout|", yscale="log")
         right.legend()
 
 
 def study(flags):
-    """Run it, or read it; table, picture, and the gap between training and rollout in numbers."""
-    if flags.preset or flags.init:
-        return show_both(flags)
-    logs = show_study(PLAN, flags)
-    for name, runs in logs.items():
-        gaps = [gap for run in runs for _, gap in points(run, "logp_gap_mean")] or [0.0]
-        told = f"mean {statistics.fmean(gaps):.1e}, at worst in a step {max(gaps):.1e}"
-        print(f"{name}: |log-prob, training - rollout|: {told}")
+    """The study, or the two runs in bf16."""
+    return show_both(flags) if flags.preset or flags.init else PLAN.show(flags)
 
 
-main = script(study, __doc__, Flags)
+main = common.script(study, __doc__, Flags)
 
 if __name__ == "__main__":
     main()

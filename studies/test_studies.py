@@ -2,11 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
+import importlib
+import io
 import itertools
 import os
 import random
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -29,9 +33,7 @@ import tasks
 import train_rl
 from checkpoint import load_pretrained
 from cli import flat
-from studies import adam, algos, budget, common, control, eps, forks, hybrid, precision, windows
-from studies import balance as balance_study
-from studies import compare as compare_runs
+from studies import adam, algos, balance, budget, common, compare, forks, precision, windows
 from studies import main as main_job
 from tokenizer import Tokenizer
 
@@ -39,63 +41,55 @@ HERE = Path(__file__).parent
 FIGURES = HERE.parent / "figures"
 README = " ".join((HERE / "README.md").read_text().split())
 TOP = (HERE.parent / "README.md").read_text()
-PLANS = [algos.PLAN, control.PLAN, eps.PLAN, eps.FAST, precision.PLAN, adam.PLAN]
-PLANS += [balance_study.PLAN, windows.PLAN]
+STUDIES = ["algos", "algos --full", "control", "eps", "eps --fast", "precision", "adam"]
+STUDIES += ["balance", "windows", "hybrid"]
 
 
-def printed(capsys, main, *argv):
-    capsys.readouterr()
-    main(list(argv))
-    return capsys.readouterr().out
+def committed(name):
+    return common.read_csv(FIGURES / f"{name}.csv")
+
+
+@functools.cache
+def told(study):
+    """What a study prints when it is drawn again from the committed CSV files."""
+    name, *more = study.split()
+    main, said = importlib.import_module(f"studies.{name}").main, io.StringIO()
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(said):
+        for file in FIGURES.glob("*.csv"):
+            shutil.copy(file, out)
+        main(["--redraw", "--out", out, *more])
+        assert all(file.stat().st_size > 5000 for file in Path(out).glob("*.png"))
+    return said.getvalue()
 
 
 # ---- what is written is what the committed CSVs say
 
-STUDIES = {
-    "algos": (algos, []),
-    "algos --full": (algos, ["--full"]),
-    "control": (control, []),
-    "eps": (eps, []),
-    "eps --fast": (eps, ["--fast"]),
-    "precision": (precision, []),
-    "adam": (adam, []),
-    "balance": (balance_study, []),
-    "windows": (windows, []),
-    "hybrid": (hybrid, []),
-}
 
-
-@pytest.mark.parametrize("name", STUDIES)
-def test_the_intervals_of_the_claim_table_are_those_that_its_commands_print(name, tmp_path, capsys):
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_intervals_of_the_claim_table_are_those_that_its_commands_print(study):
     lines = (HERE / "README.md").read_text().splitlines()
-    claims = "".join(line.split("|")[-2] for line in lines if f"| `studies.{name}` |" in line)
+    claims = "".join(line.split("|")[-2] for line in lines if f"| `studies.{study}` |" in line)
     intervals = re.findall(r"[-\d.e]+ \[[^]]+\](?!\()", claims)
-    for file in FIGURES.glob("*.csv"):
-        shutil.copy(file, tmp_path)
-    module, more = STUDIES[name]
-    said = printed(capsys, module.main, "--redraw", "--out", str(tmp_path), *more)
-    assert len(intervals) >= (name != "precision")
-    assert not [x for x in intervals if x not in said]
-    assert list(tmp_path.glob("*.png"))
-    if name == "precision":
-        gaps = re.findall(r"mean (\S+), at worst in a step (\S+)", said)
-        (a, b), (c, d) = gaps
+    assert not [x for x in intervals if x not in told(study)]
+    if study != "precision":
+        assert intervals
+    else:
+        (a, b), (c, d) = re.findall(r"mean (\S+), at worst in a step (\S+)", told(study))
         assert f"{a} (fp32) and {c} (bf16), at worst in a step by {b} and {d}" in README
 
 
-def test_the_rule_for_when_cispo_helps_is_what_the_map_prints(capsys, tmp_path):
-    shutil.copy(FIGURES / "algos-map.csv", tmp_path)
-    said = printed(capsys, algos.main, "--full", "--redraw", "--out", str(tmp_path))
+def test_the_rule_for_when_cispo_helps_is_what_the_map_prints():
+    said, rows = told("algos --full"), committed("algos-map")
     rule = r"over dapo's they follow .* correlation -(\S+); (.*) below 2 %, (.*) from 10 % on"
     fit, few, many = re.search(rule, said).groups()
     assert f"less than 2 % of the tokens, CISPO takes {few} of DAPO's steps, from 10 % on" in README
     assert f"from 10 % on {many} (correlation −{fit} over the settings" in README
-    lowest = dict(re.findall(r"steps to (\w+ \S+ over [^:]+)'s, lowest in a .*: (\S+) \(", said))
-    a, b = (lowest[f"{goal} over dapo"] for goal in ("fork_rate 0.5", "accuracy 0.7"))
+    text = r"steps to (\w+) \S+ over (\w+)'s: lowest (\S+) where both .* more, (\S+) elsewhere"
+    lowest = {(goal, other): parts for goal, other, *parts in re.findall(text, said)}
+    a, b = (lowest[goal, "dapo"][0] for goal in ("fork_rate", "accuracy"))
     assert f"accuracy or more: {a} to 50 % forks, {b} to 70 % accuracy (beside DAPO)" in README
-    alike = min(float(x) for x in re.findall(r"over reinforce's, lowest in .*: (\S+) \(", said))
+    alike = min(float(x) for goal in common.THRESHOLDS for x in lowest[goal, "reinforce"])
     assert f"takes the same steps (lowest median ratio {alike})" in README
-    rows = common.read_csv(FIGURES / "algos-map.csv")
     runs = common.by(rows, "fork_prior", "updates_per_rollout", "lr", "algo")
     ends = [[r["final"] for r in runs[0.01, 16, 8e-4, a]] for a in ("cispo", "reinforce", "dapo")]
     text = "CISPO's five runs end at {}, REINFORCE's at {}, DAPO's at {}."
@@ -120,28 +114,24 @@ def test_the_table_of_the_main_job_is_that_of_the_committed_logs_and_all_seeds_l
 
 
 def test_single_numbers_of_the_claim_table_are_those_of_the_committed_csv_files():
-    sizes = common.read_csv(FIGURES / "adam-gradients.csv")
+    sizes = committed("adam-gradients")
     below = sum(row["share"] for row in sizes if row.get("exponent", 0) < -8)
-    said = [f"{below:.1%} of a tiny model's".replace("%", " %")]
-    cosine = common.bootstrap([row["cosine"] for row in sizes if "cosine" in row])[0]
-    said.append(f"median cosine {cosine:.2f}")
-    fork = [r for r in common.read_csv(FIGURES / "forks.csv") if r["position"] == 0]
-    fork = [row for row in fork if row["algo"] == "dapo"]
+    cosine = np.median([row["cosine"] for row in sizes if "cosine" in row])
+    said = [f"{100 * below:.1f} % of a tiny model's", f"median cosine {cosine:.2f}"]
+    fork = common.by(committed("forks"), "algo", "position")["dapo", 0]
     ratio = next(row["ratio"] for row in fork if row["update"] == row["turn"] - 1)
     said.append(f"when update {fork[0]['turn']:.0f} trains on this answer")
     said.append(f"made the fork likelier by x {ratio:.2f} under DAPO")
-    curves = common.by(common.read_csv(FIGURES / "budget.csv"), "window", "budget")
+    curves = common.by(committed("budget"), "window", "budget")
     ends = [curves[w, b] for w in (12, 8) for b in (1, 10)]
     ends = [np.median([row["accuracy"] for row in rows]) for rows in ends]
     text = "accuracy {:.3f} → {:.3f} once a run's window has grown to 12 tokens, {:.3f} → {:.3f}"
     said.append(text.format(*ends))
-    fast = [r for r in common.read_csv(FIGURES / "eps-fast.csv") if "weight_clip_frac_high" in r]
-    fast = common.by([r for r in fast if r["setting"] == "cap 5"], "seed").values()
-    capped = np.median([common.mean(log, "weight_clip_frac_high") for log in fast])
-    said.append(f"a cap of 5 acts on {capped:.2%} of tokens".replace("%", " %"))
-    layers = common.read_csv(FIGURES / "hybrid.csv")
-    layers = common.by(layers, "task", "softmax_every", "pairs")
-    learnt = [sum(r["accuracy"] >= 0.9 for r in layers["far", n, 2]) for n in hybrid.RATIOS]
+    logs = common.by(committed("eps-fast"), "setting", "seed")
+    capped = [common.mean(logs["cap 5", seed], "weight_clip_frac_high") for seed in common.SEEDS]
+    said.append(f"a cap of 5 acts on {100 * np.median(capped):.2f} % of tokens")
+    layers = common.by(committed("hybrid"), "task", "softmax_every", "pairs")
+    learnt = [sum(r["accuracy"] >= 0.9 for r in layers["far", n, 2]) for n in (0, 8, 4, 2, 1)]
     assert learnt == [2, 2, 2, 2, 5]
     said.append("32 characters later 2 of 5 seeds")
     assert not [line for line in said if line not in README]
@@ -165,13 +155,12 @@ def test_the_papers_index_names_functions_and_tests_that_exist():
 
 def test_a_study_measures_steps_areas_and_intervals_as_stated():
     curve = ((0, 0.0), (2, 0.4), (4, 0.8), (6, 0.6))
-    run = [{"step": s, "x": v} for s, v in curve] + [{"step": 7}]
-    assert (
-        common.steps_to(run, "x", 0.6) == pytest.approx(3) and common.steps_to(run, "x", 0.4) == 2
-    )
-    assert common.steps_to(run, "x", 0.9) == 7  # never: one step more than the last measurement
-    assert common.area(run, "x") == pytest.approx((0.4 + 1.2 + 1.4) / 6)
-    assert common.last(run, "x") == 0.6
+    run = [{"step": step, "accuracy": x} for step, x in curve] + [{"step": 7}]
+    for threshold, steps in {0.6: 3, 0.4: 2, 0.0: 1, 0.9: 7}.items():  # 7: never
+        with mock.patch.dict(common.THRESHOLDS, accuracy=threshold):
+            assert common.steps_to(run, "accuracy") == pytest.approx(steps)
+    assert common.area(run, "accuracy") == pytest.approx((0.4 + 1.2 + 1.4) / 6)
+    assert common.last(run, "accuracy") == 0.6
     median, low, high = common.bootstrap([1.0, 2.0, 3.0, 4.0, 100.0])
     assert (median, low) == (3.0, 1.0) and high in (4.0, 100.0)
     assert common.bootstrap([5.0] * 5) == (5.0, 5.0, 5.0)
@@ -183,7 +172,7 @@ def test_what_a_setting_changes_is_told_seed_by_seed_beside_the_first_or_the_one
 
     logs = {"a": runs(0.5, 0.6, 0.7), "b": runs(0.6, 0.7, 0.8)}
     logs |= {"c": runs(0.6, 0.5, 0.7), "d": runs(0.5, 0.4, 0.6)}
-    b, c, d = common.compare(logs, {"d": "c"}).splitlines()
+    b, c, d = common.compare(logs, {"d": "c"})
     end = "+0.100 [+0.100, +0.100], all seeds agree."
     area = "area under accuracy +0.050 [+0.050, +0.050], all seeds agree"
     assert b == f"b beside a: {area}; final accuracy {end}"
@@ -191,29 +180,19 @@ def test_what_a_setting_changes_is_told_seed_by_seed_beside_the_first_or_the_one
     assert d.startswith("d beside c: ") and d.endswith(end.replace("+", "-"))
 
 
-def test_the_best_learning_rate_of_a_seed_is_chosen_by_the_others():
-    areas = {1: (9, 0, 2), 2: (1, 1, 3)}
-    sweep = {lr: [{"area": x, "lr": lr} for x in its] for lr, its in areas.items()}
-    assert [run["lr"] for run in algos.at_best(sweep)] == [2, 1, 1]  # by all three 1 would win
-
-
-def test_the_map_of_the_regime_divides_cispos_steps_by_the_others_seed_by_seed(capsys, tmp_path):
-    rows = []
-    for prior, k, lr in itertools.product(algos.PRIORS, (1, *algos.UPDATES), algos.RATES):
-        for algo, seed in itertools.product(algos.ALGORITHMS if k > 1 else ["any"], range(3)):
-            steps = {"dapo": 20, "grpo": 40, "grpo, clip alone": 30}.get(algo, 10) + seed
-            row = {"fork_prior": prior, "updates_per_rollout": k, "lr": lr, "algo": algo}
-            row |= {"seed": seed, "area": 1 - abs(lr - 4e-4), "final": 0.9, "peak_drop": 100 * lr}
-            steps += 5 * (algo not in ("cispo", "any") and lr > 1e-3)
-            rows.append(row | {"steps_fork_rate": steps, "steps_accuracy": 37})
-    common.write_csv(tmp_path / "algos-map.csv", rows)
-    said = printed(capsys, algos.main, "--full", "--redraw", "--out", str(tmp_path))
-    assert "0.524 [0.5, 0.545]" in said and "0.268 [0.25, 0.286]" in said  # 11 of 21, 11 of 41
-    assert "at 1, 4, 16 updates per rollout and rates of 0.0004, 0.0004, 0.0004" in said
-    assert "CISPO takes 11 [10, 12], 11 [10, 12], 11 [10, 12] steps" in said
-    log = [{"step": s, "accuracy": s / 10, "fork_rate": s / 10} for s in range(11)]
-    log[3]["ppo_would_drop_frac"], log[9]["ppo_would_drop_frac"] = 0.2, 0.9
-    kept = algos.summary(log)  # drops that come when forks are common already do not count
+def test_the_map_of_the_regime_divides_cispos_steps_by_the_others_seed_by_seed():
+    runs = common.by(committed("algos-map"), "fork_prior", "updates_per_rollout", "lr", "algo")
+    cell = ["0.01", "16", "0.0002"]
+    row = next(x for x in told("algos --full").splitlines() if x.split()[:3] == cell)
+    for column, other in itertools.product(common.THRESHOLDS, algos.OTHERS):
+        pairs = zip(*(runs[0.01, 16, 2e-4, algo] for algo in ("cispo", other)))
+        ratios = [a[f"steps_{column}"] / b[f"steps_{column}"] for a, b in pairs]
+        assert common.interval(ratios) in row
+    areas = np.array([(9, 0, 2), (1, 1, 3)])  # of two learning rates
+    assert algos.at_best(areas) == [1, 0, 0]  # by the other seeds; by all the second would win
+    one = [{"step": s, "accuracy": s / 10, "fork_rate": s / 10} for s in range(11)]
+    one[3]["ppo_would_drop_frac"], one[9]["ppo_would_drop_frac"] = 0.2, 0.9
+    kept = algos.summary(one)  # drops that come when forks are common already do not count
     assert (kept["steps_fork_rate"], kept["peak_drop"]) == ("5", "0.2")
 
 
@@ -230,11 +209,13 @@ def test_negative_gradient_is_told_for_the_late_half_of_every_window():
 
 
 def test_every_study_has_settings_that_train_rl_knows_and_can_run():
-    for plan in PLANS:
+    modules = [importlib.import_module(f"studies.{name.split()[0]}") for name in STUDIES]
+    plans = [x for it in modules for x in vars(it).values() if isinstance(x, common.Study)]
+    for plan in plans:
         for own in plan.settings.values():
-            wanted = plan.flags | own
-            assert wanted.keys() | plan.cold.keys() <= flat(train_rl.Flags()).keys(), plan.name
-            common.unflat(train_rl.Flags, wanted)
+            settings = {k: x for k, x in (plan.flags | own).items() if k not in common.CHANGES}
+            assert settings.keys() <= flat(train_rl.Flags()).keys(), plan.name
+            common.unflat(train_rl.Flags, common.PRESSURE | settings)
     common.unflat(train_rl.Flags, budget.STAGED)
     with pytest.raises(ValueError, match="no setting stepz"):
         common.train_run("nowhere", {"stepz": 3})
@@ -257,7 +238,7 @@ def one_after_another(function, jobs, title):
     found = []
     for job in jobs:
         with code_restored():
-            found.append(function(*job))
+            found += function(*job)
     return found
 
 
@@ -265,21 +246,21 @@ def test_a_study_runs_every_setting_from_one_cold_start_and_its_changes_act(tmp_
     plan = dataclasses.replace(precision.PLAN, curves=("fork_rate", "accuracy"))
     flags = common.Flags(out=str(tmp_path), quick=True)
     with mock.patch.object(common, "in_processes", one_after_another):
-        common.show_study(plan, flags)
+        plan.show(flags)
     rows = common.read_csv(tmp_path / "precision.csv")
     found = [(row["setting"], row["seed"], row["step"]) for row in rows]
     assert found == list(itertools.product(plan.settings, [0], range(3)))
     assert len({row["accuracy"] for row in rows if row["step"] == 0}) == 1
     said = capsys.readouterr().out
-    common.show_study(plan, dataclasses.replace(flags, redraw=True))
+    plan.show(dataclasses.replace(flags, redraw=True))
     assert capsys.readouterr().out == said and (tmp_path / "precision.png").stat().st_size > 5000
 
 
-def test_two_runs_in_bf16_differ_in_their_heads_and_show_each_tokens_probabilities(
-    tmp_path, capsys
-):
+def test_two_runs_in_bf16_differ_in_heads_and_show_tokens_probabilities(tmp_path, capsys):
     flags = ["--preset", "tiny", "--quick", "--steps", "1", "--out", str(tmp_path)]
-    said, head = printed(capsys, precision.main, *flags), m1.MiniMaxM1.head
+    head = m1.MiniMaxM1.head
+    precision.main(flags)
+    said = capsys.readouterr().out
     rows = common.by(common.read_csv(tmp_path / "precision-gpu.csv"), "head")
     assert list(rows) == ["fp32", "bf16"] and m1.MiniMaxM1.head is head is not precision.rounded
     for part in rows.values():
@@ -290,19 +271,20 @@ def test_two_runs_in_bf16_differ_in_their_heads_and_show_each_tokens_probabiliti
         assert max(gaps) == pytest.approx(step["logp_gap"], rel=1e-2)
         assert np.mean(gaps) == pytest.approx(step["logp_gap_mean"], rel=1e-2)
     assert np.mean(gaps) > 1e-5 and said.count("\n") == 2
-    assert printed(capsys, precision.main, *flags, "--redraw") == said
+    precision.main([*flags, "--redraw"])
+    assert capsys.readouterr().out == said
 
 
 def test_changes_of_the_code_do_what_they_are_named_after():
     with code_restored():
-        balance_study.experts(0.25, 1.25)
+        balance.experts(0.25, 1.25)
         model = m1.MiniMaxM1(m1.M1Config.preset("tiny"))
         assert model.config.router_aux_loss_coef == 0.25
         assert {layer.block_sparse_moe.capacity for layer in model.layers} == {1.25}
         precision.bf16_head()
         logits = model(torch.tensor([[65, 66]]))
         assert torch.equal(logits, logits.bfloat16().float()) and logits.dtype == torch.float32
-        adam.set_eps(1e-8)
+        adam.large_eps()
         assert train_rl.make_optimizer(model).param_groups[0]["eps"] == 1e-8
         windows.jump(4)
         curriculum, opened = tasks.Curriculum(tasks.Mix(), tasks.Growth(windows="8,10,12")), []
@@ -312,21 +294,19 @@ def test_changes_of_the_code_do_what_they_are_named_after():
         assert opened == [8, 8, 8, 12, 12, 12]
 
 
-def test_a_run_whose_numbers_overflow_counts_as_it_stood_and_any_other_failure_ends_the_study(
-    tmp_path,
-):
-    def pretend(out, settings, change):
+def test_a_run_whose_numbers_overflow_counts_as_it_stood_any_other_error_is_one(tmp_path):
+    def pretend(out, settings, quick):
         Path(out).mkdir()
         Path(out, "log.csv").write_text("step,accuracy,fork_rate\n0,0.2,\n3,0.5,0.4\n")
         raise ValueError(why)
 
     with mock.patch.object(common, "train_run", pretend):
         why = "stopped in step 4: logp is not finite for 3 tokens"
-        rows = common._run("a", 0, str(tmp_path / "a"), {"steps": 9}, None)
+        rows = common.study_run("a", 0, str(tmp_path / "a"), {"steps": 9}, False)
         assert [(row["step"], row["accuracy"]) for row in rows] == [(0, 0.2), (3, 0.5), (9, 0.5)]
         why = "killed"
         with pytest.raises(ValueError, match="killed"):
-            common._run("a", 0, str(tmp_path / "b"), {"steps": 9}, None)
+            common.study_run("a", 0, str(tmp_path / "b"), {"steps": 9}, False)
 
 
 def test_forks_follows_one_response_through_its_updates(tmp_path):
@@ -335,12 +315,11 @@ def test_forks_follows_one_response_through_its_updates(tmp_path):
     def score(problem, text, ended):
         return tasks.Score(rng.random(), rng.random() < 0.5, False, False)
 
-    few = {"sft_steps": 2, "eval_problems": 6, "eval_samples": 1, "fork_prior": 0.5}
-    settings = {"steps": 1, "updates_per_rollout": 4, "prompts": 4, "moves": 2, "lr": 1e-2}
-    with mock.patch.object(tasks, "score", score), mock.patch.object(runlog, "draw_curves"):
-        common.train_run(tmp_path / "cold", few | {"steps": 0, "moves": 2})
-        few.pop("sft_steps"), few.pop("fork_prior")
-        rows = forks.watch("cispo", tmp_path, settings | few)
+    settings = {"updates_per_rollout": 4, "moves": 2, "lr": 1e-2}
+    cold = {"steps": 0, "moves": 2, "fork_prior": 0.5}
+    with mock.patch.object(tasks, "score", score), code_restored():
+        common.train_run(tmp_path / "cold", cold, quick=True)
+        rows = forks.watch("cispo", tmp_path, settings, quick=True)
     assert [row["update"] for row in rows if row["position"] == 0] == list(range(5))
     assert all(float(row["ratio"]) == 1 for row in rows if row["update"] == 0)
     assert any(float(row["ratio"]) != 1 for row in rows if row["update"] == 1)
@@ -351,11 +330,13 @@ def test_compare_lays_runs_side_by_side_and_names_what_is_no_run(tmp_path, capsy
     for i in range(2):
         (tmp_path / f"r{i}").mkdir()
         shutil.copy(FIGURES / f"main-seed{i}.csv", tmp_path / f"r{i}/log.csv")
-    argv = [str(tmp_path / "r0"), str(tmp_path / "r1"), "--out", str(tmp_path)]
-    said = printed(capsys, compare_runs.main, *argv)
-    assert "0.26 -> 0.994" in said and (tmp_path / "compare.png").stat().st_size > 5000
+    compare.main([str(tmp_path / "r0"), str(tmp_path / "r1"), "--out", str(tmp_path)])
+    assert (
+        "0.26 -> 0.994" in capsys.readouterr().out
+        and (tmp_path / "compare.png").stat().st_size > 5000
+    )
     with pytest.raises(SystemExit, match="2"):
-        compare_runs.main([str(tmp_path)])
+        compare.main([str(tmp_path)])
     assert "has no log.csv" in capsys.readouterr().err
 
 
@@ -408,62 +389,49 @@ def weight_error():
     return float(1 - padded / gradient)
 
 
-def bf16_head(right, model, hidden):
-    return F.linear(hidden.bfloat16(), model.lm_head.weight.bfloat16()).to(hidden.dtype)
-
-
-def unmasked(right, self, u, at, *state):
-    return right(self, u, dataclasses.replace(at, mask=None, continues=False), *state)
-
-
-def linear_slopes(right, H, layer, n_layers, device):
-    return 8 * torch.arange(1, H + 1) / H * (1 - layer / (n_layers - 1) + 1e-5)
-
-
-def whole_rope(right, positions, c, dtype):
-    return right(positions, dataclasses.replace(c, rotary_dim=c.head_dim), dtype)
-
-
-def same_slopes(right, H, layer, n_layers, device):
-    return right(H, 0, n_layers, device)
-
-
-def without_temperature(right, model, batch, temperature):
-    return right(model, batch)
-
-
-def learned_forks(right, *args):
-    return right(*args)[0], 0
-
-
-def over_the_batch(right, rewards, group_size):
-    return right(rewards, len(rewards))
-
-
-def over_padding(right, mask):
-    return right(torch.ones_like(mask)) * mask
+def planted(mistake, right, *args):
+    """What the code gives with a mistake in it, of what is right and its arguments."""
+    match mistake, args:
+        case "rope on the whole head", (positions, c, dtype):
+            return right(positions, dataclasses.replace(c, rotary_dim=c.head_dim), dtype)
+        case "slopes linear in the head", (H, layer, n_layers, _):
+            return 8 * torch.arange(1, H + 1) / H * (1 - layer / (n_layers - 1) + 1e-5)
+        case "slopes alike in all layers", (H, _, *rest):
+            return right(H, 0, *rest)
+        case "padding enters the state", (module, u, at, *state):
+            return right(module, u, dataclasses.replace(at, mask=None, continues=False), *state)
+        case "logits in bf16", _:
+            return precision.rounded(*args)
+        case "temperature in rollouts only", (model, batch, _):
+            return right(model, batch)
+        case "planted forks carry loss", _:
+            return right(*args)[0], 0
+        case "advantage over the batch", (rewards, _):
+            return right(rewards, len(rewards))
+        case "token mean over padding", (mask,):
+            return right(torch.ones_like(mask)) * mask
 
 
 MISTAKES = {
-    "rope on the whole head": (logp_error, m1, "rope_tables", whole_rope),
-    "slopes linear in the head": (logp_error, m1, "_slopes", linear_slopes),
-    "slopes alike in all layers": (logp_error, m1, "_slopes", same_slopes),
-    "padding enters the state": (logp_error, m1.LightningAttention, "forward", unmasked),
-    "logits in bf16": (logp_error, m1.MiniMaxM1, "head", bf16_head),
-    "temperature in rollouts only": (ratio_error, experience, "trained_logp", without_temperature),
-    "planted forks carry loss": (fork_error, tasks, "demonstration", learned_forks),
-    "advantage over the batch": (advantage_error, cispo, "group_advantages", over_the_batch),
-    "token mean over padding": (weight_error, cispo, "token_weights", over_padding),
+    "rope on the whole head": (logp_error, m1, "rope_tables"),
+    "slopes linear in the head": (logp_error, m1, "_slopes"),
+    "slopes alike in all layers": (logp_error, m1, "_slopes"),
+    "padding enters the state": (logp_error, m1.LightningAttention, "forward"),
+    "logits in bf16": (logp_error, m1.MiniMaxM1, "head"),
+    "temperature in rollouts only": (ratio_error, experience, "trained_logp"),
+    "planted forks carry loss": (fork_error, tasks, "demonstration"),
+    "advantage over the batch": (advantage_error, cispo, "group_advantages"),
+    "token mean over padding": (weight_error, cispo, "token_weights"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_planted_mistake_is_far_off_and_the_code_is_right_before_and_after(mistake):
-    measure, owner, name, wrong = MISTAKES[mistake]
+    measure, owner, name = MISTAKES[mistake]
     before, right = measure(), getattr(owner, name)
-    with mock.patch.object(owner, name, lambda *args, **kw: wrong(right, *args, **kw)):
-        planted = measure()
-    assert abs(before) < 0.01 and planted > 0.02 and planted > 50 * abs(before)
+    with mock.patch.object(owner, name, lambda *args: planted(mistake, right, *args)):
+        wrong = measure()
+    assert abs(before) < 0.01 and wrong > 0.02 and wrong > 50 * abs(before)
     assert measure() == before
     rows = common.read_csv(FIGURES / "traps.csv")  # which test of test_m1.py turned red for each
     row = next(row for row in rows if row["mistake"] == mistake)

@@ -6,10 +6,10 @@ Staged: windows of 8, 10, 12 tokens that open by the report's rule. Beside it th
 once, and a forced jump from the first to the last before step 10, whatever the outputs look like.
 """
 
-import functools
+from functools import partial
 
 import tasks
-from studies.common import MIXED, PRESSURE, Study, interval, mean, script, show_study
+from studies.common import MIXED, Study, interval, mean, script
 
 
 def jump(step):
@@ -23,49 +23,38 @@ def jump(step):
     tasks.Curriculum.observe = observe
 
 
-PLAN = Study(
-    "windows",
-    "responses may grow in stages, at once, or by a forced jump",
-    {
-        "staged": {"windows": "8,10,12"},
-        "at once": {"max_new_tokens": 12},
-        "forced jump": {"windows": "8,10,12"},
-    },
-    PRESSURE | MIXED | {"updates_per_rollout": 4, "steps": 60},
-    MIXED,
-    curves=("length_p99", "negative_early", "negative_late", "accuracy"),
-    changes={"forced jump": functools.partial(jump, 10)},
-)
-
-
 def negative_by_window(logs):
     """How much of sum |A| over the tokens of a window's late half is negative: while each window of
     the staged runs is open, and at the beginning and the end of runs that have all at once.
     """
 
-    def share(name, applies):
-        parts = ([row for row in run if applies(row)] for run in logs[name])
-        return interval([mean(part, "negative_late") for part in parts])
+    def share(name, column, low, high):
+        parts = [[row for row in run if low <= row.get(column, 0) <= high] for run in logs[name]]
+        return interval(mean(part, "negative_late") for part in parts)
 
     windows = sorted({row["window"] for run in logs["staged"] for row in run if "window" in row})
-    told = [
-        f"{share('staged', lambda row: row.get('window') == w)} in a window of {w:g}"  # noqa: B023
-        for w in windows
-    ]
-    early = share("at once", lambda row: row["step"] <= 10)
-    late = share("at once", lambda row: row["step"] > 50)
+    told = [f"{share('staged', 'window', n, n)} in a window of {n:g}" for n in windows]
+    early, late = share("at once", "step", 0, 10), share("at once", "step", 51, 60)
     return (
         f"Negative share of the late half, staged: {', '.join(told)} tokens. At once: {early} in "
         f"steps 1 to 10, {late} in steps 51 to 60."
     )
 
 
-def study(flags):
-    """Run it, or read it; table, picture and sentence."""
-    return show_study(PLAN, flags, negative_by_window)
+PLAN = Study(
+    "windows",
+    "responses may grow in stages, at once, or by a forced jump",
+    {
+        "staged": {"windows": "8,10,12"},
+        "at once": {"max_new_tokens": 12},
+        "forced jump": {"windows": "8,10,12", "change": partial(jump, 10)},
+    },
+    MIXED | {"updates_per_rollout": 4, "steps": 60},
+    ("length_p99", "negative_early", "negative_late", "accuracy"),
+    verdict=negative_by_window,
+)
 
-
-main = script(study, __doc__)
+main = script(PLAN.show, __doc__)
 
 if __name__ == "__main__":
     main()
