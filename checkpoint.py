@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+import parallel
 from cli import fits, read_json, read_text, short, writing
 from model import M1Config, MiniMaxM1
 
@@ -152,6 +153,10 @@ def load_trainer(path, optimizer, curriculum, device):
         raise ValueError(f"{file} is damaged; {how}") from None
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}; {how}") from None
+    parameters = optimizer.param_groups[0]["params"]
+    for number, moments in state["optimizer"]["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = parallel.part_like(moments[name], parameters[number])
     optimizer.load_state_dict(state["optimizer"])
     return step, seconds
 
@@ -296,6 +301,20 @@ def _save_state(state, file):
             torch.save(state, content)
     finally:
         torch.serialization.set_crc32_options(own)
+
+
+def whole(model):
+    """A model whose parameters lie in parts, whole on the CPU of the first process and empty in
+    others; any other model as it is.
+    """
+    if not parallel.in_parts(model.embed_tokens.weight):
+        return model
+    tensors = parallel.on_first(dict(model.named_parameters()))
+    with torch.device("meta"):
+        copied = MiniMaxM1(model.config, model.which)
+    if parallel.first():
+        copied.load_state_dict(tensors, assign=True)
+    return copied
 
 
 def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None):

@@ -70,7 +70,8 @@ def parse(flags, argv, description, default=None):
         lines = [line.strip(" │") for line in text.splitlines()]
         message = " ".join(" ".join(line.split()) for line in lines[1:] if line)
         told = f"{Path(sys.argv[0]).name}: {message[:2000]}; --help lists what is allowed"
-        print(told, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all processes have these flags
+            print(told, file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -236,7 +237,9 @@ def command_line(main):
         except KeyboardInterrupt as stop:
             code, message = 130, str(stop) or "stopped"
         message = " ".join(message[:5000].split())
-        print(f"{Path(sys.argv[0]).name}: {message[:2000]}", file=sys.stderr)
+        process = os.environ.get("RANK", "0")  # of several: torchrun then ends the others
+        name = Path(sys.argv[0]).name + (f", process {process}" if process != "0" else "")
+        print(f"{name}: {message[:2000]}", file=sys.stderr)
         raise SystemExit(code)
 
     return wrapped

@@ -15,7 +15,6 @@ of a response, W vocabulary.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import time
@@ -24,7 +23,9 @@ import weakref
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import parallel
 from cli import check, fits, short, torch
+from cli import model as m1
 
 # ============================================================================
 # 1. What is asked, what comes back
@@ -40,6 +41,20 @@ class Rollout(NamedTuple):
     lengths: torch.Tensor  # (N,) int64: tokens of each response, the end token included
     ended: list  # N of ENDED: why; or "context", in a full Chat
     seconds: float = 0.0  # that generating took
+
+    def to(self, device):
+        """The same on another device."""
+        return Rollout(*(x.to(device) if torch.is_tensor(x) else x for x in self))
+
+    @classmethod
+    def joined(cls, rollouts):
+        """Several, one after the other."""
+        *columns, lengths, ended, seconds = zip(*rollouts)
+        longest = max(x.shape[1] for x in columns[0])
+        pad = torch.nn.functional.pad
+        columns = [[pad(x, (0, longest - x.shape[1])) for x in column] for column in columns]
+        ended = [why for own in ended for why in own]
+        return cls(*map(torch.cat, (*columns, lengths)), ended, max(seconds))
 
 
 ENDED = ("length", "eos", "repetition", "budget")  # budget: closed its thinking, then eos
@@ -79,6 +94,7 @@ class Request:
     think_budget: int | None = None  # unclosed thinking gets think_end_id after so many tokens
     repetition_stop: int = 3000  # a loop ends after so many tokens of p > 0.99 in a row; 0 = never
     max_rows: int | None = None  # responses at a time, in whole groups; None = all
+    first: int = 0  # number of the first response among those of all processes, see streams
 
     def __post_init__(self):
         long = (1, 2**40)
@@ -128,9 +144,9 @@ def _mix(x):
     return x
 
 
-def streams(seed, n, device):
-    """(n,) int64: a stream of random numbers for each of n responses; see uniforms."""
-    number = torch.arange(n, device=device)
+def streams(seed, n, device, first=0):
+    """(n,) int64: a stream of random numbers for n responses from `first` on; see uniforms."""
+    number = torch.arange(first, first + n, device=device)
     return _mix(_mix(_mix(torch.tensor(seed % 2**63, device=device)) + number))
 
 
@@ -265,21 +281,25 @@ _copies = weakref.WeakKeyDictionary()
 
 def rollout_weights(model):
     """The model that generate reads: itself, or where its activations have another dtype than its
-    weights a copy of that dtype (norms, gates and head aside), made equal anew by every call.
+    weights, or its parameters lie in parts on several processes, a copy of that dtype (norms, gates
+    and head aside), made equal anew by every call.
     """
-    if model.compute in (None, model.embed_tokens.weight.dtype):
+    stored = model.embed_tokens.weight
+    if model.compute in (None, stored.dtype) and not parallel.in_parts(stored):
         return model
-    copied = _copies.get(model)
-    if copied is None or (copied.dtype, copied.device) != (model.dtype, model.device):
-        memo = {}  # what deepcopy takes for copies of the parameters
+    copied, compute = _copies.get(model), model.dtype
+    if copied is None or (copied.dtype, copied.device) != (compute, model.device):
+        with torch.device("meta"):
+            _copies[model] = copied = m1.MiniMaxM1(model.config, model.which)
         for name, p in model.named_parameters():
             wide = p.ndim == 1 or ".gate." in name or "lm_head" in name
-            x = torch.empty_like(p, dtype=p.dtype if wide else model.compute)
-            memo[id(p)] = torch.nn.Parameter(x, requires_grad=False)
-        _copies[model] = copied = copy.deepcopy(model, memo)
-        copied.compute = None
+            owner, _, leaf = name.rpartition(".")
+            x = torch.empty(p.shape, dtype=p.dtype if wide else compute, device=model.device)
+            setattr(copied.get_submodule(owner), leaf, torch.nn.Parameter(x, requires_grad=False))
+        for own, layer in zip(copied.layers, model.layers):
+            own.block_sparse_moe.form = layer.block_sparse_moe.form
     for own, p in zip(copied.parameters(), model.parameters()):
-        own.data.copy_(p.data)
+        own.data.copy_(parallel.whole(p.data))
     return copied
 
 
@@ -367,7 +387,7 @@ class Graphs(Steps):
         """Those of a model for requests like this one, whatever its seed; without responses."""
         kept, max_len = cls._of.setdefault(model, {}), cls._up(max_len)
         weights = tuple(p.data_ptr() for p in model.parameters())
-        key = weights, dataclasses.replace(ask, seed=0), size, n, max_len
+        key = weights, dataclasses.replace(ask, seed=0, first=0), size, n, max_len
         kept[key] = graphs = kept.pop(key, None) or cls(model, ask, size, n, max_len)
         while len(kept) > cls.KEPT:
             kept.pop(next(iter(kept)))
@@ -457,7 +477,7 @@ def generate(model, prompts, *, on_tokens=None, cache=None, **request):
         steps = Steps(*shape, max_len, cache)
     else:
         steps = Graphs.of(*shape, max_len)
-    numbers, begun = streams(ask.seed, n, device), 0
+    numbers, begun = streams(ask.seed, n, device, ask.first), 0
     while True:
         rows = steps.rows
         state = torch.stack([rows.alive.sum(), steps.out.broken[0], steps.cache.position.max()])

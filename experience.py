@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import cispo
 import engine
+import parallel
 import tasks
 from cli import model as m1
 from cli import short, torch
@@ -59,11 +60,13 @@ class Batch(NamedTuple):
             self.part(slice(int(g[0]) * group_size, int(g[-1] + 1) * group_size)) for g in parts
         ]
 
-    def pieces(self, most):
-        """Slices of rows that hold `most` real tokens each, or one row; None: one slice of all."""
+    def pieces(self, most, least=1):
+        """Slices of rows that hold `most` real tokens each, or `least` rows, where a number is
+        given; None: one slice of all.
+        """
         start, held, cuts = 0, 0, []
         for i, n in enumerate(self.mask.sum(1).tolist() if most else ()):
-            if held + n > most and i > start:
+            if held + n > most and i >= start + least and i <= len(self.tokens) - least:
                 cuts.append(slice(start, i))
                 start, held = i, 0
             held += n
@@ -113,19 +116,22 @@ class Pass(NamedTuple):
 
 
 def passes(model, batch, temperature=1.0, most=None):
-    """trained_logp of all rows, in passes of at most `most` real tokens (None: one pass).
+    """trained_logp of all rows, in passes of at most `most` real tokens (None: one pass); of
+    several processes each has its share of every pass.
 
     Where gradients are recorded, the router losses of several add up to that of the whole batch,
     whose expert loads a round without gradients has counted before.
     """
-    pieces, load = batch.pieces(most), None
+    size, load = parallel.size(), None
+    pieces = batch.pieces(most and most * size, least=size)
     n_tokens = [int(batch.mask[rows, :-1].sum()) for rows in pieces]
     share = [n / sum(n_tokens) for n in n_tokens]
     if len(pieces) > 1 and torch.is_grad_enabled():
         with torch.no_grad():
             loads = [p.aux.expert_load for p in passes(model, batch, temperature, most)]
         load = sum(fraction * own for fraction, own in zip(share, loads))
-    for rows, fraction in zip(pieces, share):
+    for piece, fraction in zip(pieces, share):
+        rows = parallel.share(piece.stop - piece.start, piece.start)
         logp, entropy, aux = trained_logp(model, batch.part(rows), temperature)
         if load is not None:
             aux = aux._replace(router_loss=fraction * aux.loss_at(load), expert_load=load)
@@ -135,7 +141,7 @@ def passes(model, batch, temperature=1.0, most=None):
 class Imitation:
     """The loss on a batch of demonstrations and its gradients, in place of earlier ones.
 
-    On a GPU a call replays one CUDA graph: a step of `base` is 2,400 small kernels, which Python
+    On one GPU a call replays one CUDA graph: a step of `base` is 2,400 small kernels, which Python
     starts in 100 ms and the GPU does in 30. Batches, of as many rows, are packed there to one size.
     """
 
@@ -143,9 +149,8 @@ class Imitation:
         self.model, self.inputs, self.graph, self.loss = model, None, None, None
 
     def __call__(self, batch):
-        if not m1.has_flash(self.model):
-            logp, _, aux = trained_logp(self.model, batch)
-            return self._backward(-logp[batch.trained].mean(), aux)
+        if not m1.has_flash(self.model) or parallel.size() > 1:
+            return self._plain(batch)
         n_tokens = int(batch.mask[:, :-1].sum())
         if self.graph is None or n_tokens >= len(self.inputs[0]):
             self.graph, self.inputs = None, packed(batch, n_tokens * 5 // 4 + 1)
@@ -155,14 +160,20 @@ class Imitation:
         self.graph.replay()
         return self.loss
 
+    def _plain(self, batch):
+        self.model.zero_grad()
+        n, batch = batch.trained.sum(), batch.part(parallel.share(len(batch.tokens)))
+        logp, _, aux = trained_logp(self.model, batch)
+        return self._backward(-logp[batch.trained].sum() / n, aux)
+
     def _learn(self):
+        self.model.zero_grad()
         tokens, targets, learned, ends = self.inputs
         hidden, aux = self.model.hidden(tokens[None], cu_seqlens=ends)
         logp = self.model.target_logp(hidden[0], targets)
         self.loss = self._backward(-(logp * learned).sum() / learned.sum(), aux)
 
     def _backward(self, loss, aux):
-        self.model.zero_grad()
         (loss + self.model.config.router_aux_loss_coef * aux.router_loss).backward()
         return loss.detach()
 
@@ -190,11 +201,22 @@ def respond(model, tokenizer, problems, seed, group_size=1, **how):
     """group_size responses to each problem and their scores: (Rollout, [tasks.Score] * N).
 
     how: max_new_tokens and further arguments of engine.generate. Where a verifier raises, the score
-    is tasks.CRASHED.
+    is tasks.CRASHED. Of several processes each answers its share, and all get all answers.
     """
+    mine, weights, found = parallel.share(len(problems)), engine.rollout_weights(model), []
+    if problems[mine]:
+        how |= {"group_size": group_size, "seed": seed, "first": mine.start * group_size}
+        found = [_respond(weights, tokenizer, problems[mine], group_size, how)]
+    if parallel.size() == 1:
+        return found[0]
+    found = parallel.together([(rollout.to("cpu"), scores) for rollout, scores in found])
+    rollouts, scores = zip(*found)
+    return engine.Rollout.joined(rollouts).to(model.device), [x for own in scores for x in own]
+
+
+def _respond(model, tokenizer, problems, group_size, how):
     prompts = [tokenizer.encode(p.prompt) for p in problems]
-    how |= tokenizer.ids() | {"group_size": group_size, "seed": seed}
-    rollout, scores = engine.generate(model, prompts, **how), []
+    rollout, scores = engine.generate(model, prompts, **how, **tokenizer.ids()), []
     for i, text in enumerate(response_texts(tokenizer, rollout)):
         closed = int((rollout.tokens[i] == tokenizer.think_end_id).sum())
         spelled = text.count(tasks.THINK_END) != closed  # byte by byte it is not the token
@@ -314,7 +336,7 @@ def collect(model, tokenizer, problems, flags, sampling, step):
         "length": fmean(lengths),
         "length_p99": sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1],
         "perplexity": math.exp(-float(torch.cat(logp).mean())),
-        "crashes": sum(s is tasks.CRASHED for s in scores),
+        "crashes": sum(s.crashed for s in scores),
         "groups": len(rows) // G,
         "sampled_groups": len(scores) // G,
         "rollout_s": rollout_s,

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+import parallel
 from layers import Linear, iota, swiglu, widen
 from lightning_attn import jit, tl, triton
 
@@ -133,11 +134,14 @@ class MoE(nn.Module):
         return (place <= self.capacity * hit.sum() / E).view_as(chosen)
 
     def routing(self, probs, chosen, mask):
-        """The load-balancing loss of one layer and its two factors (01 sec. 3)."""
+        """The load-balancing loss of one layer and its two factors (01 sec. 3). Of several
+        processes each has its share of loss and prob; the load is that of all.
+        """
         hit = torch.zeros_like(probs).scatter(1, chosen, 1.0)
         if mask is not None:
             probs, hit = probs[mask.flatten()], hit[mask.flatten()]
-        load, prob = (x.sum(0) / max(len(x), 1) for x in (hit, probs))
+        hits, n = parallel.totals(hit.sum(0), len(hit))
+        load, prob = hits / max(n, 1), probs.sum(0) / max(n, 1)
         return Routing(len(load) * (load * prob).sum(), load, prob)
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import parallel
 from cli import checkpoint, read_json, read_text, torch, write_file, writing
 
 try:
@@ -160,7 +161,13 @@ class Run:
         self.start, self.step_start = time.perf_counter(), None
         self.stopping, self.handlers = False, {}
         self.saved, self.save_s = -math.inf, 0.0  # when and how long
-        self.lock = _lock(self.folder / ".lock")
+        self.lock = _lock(self.folder / ".lock") if parallel.first() else contextlib.nullcontext()
+
+    @classmethod
+    def new(cls, out, name):
+        """The run of a new folder, see new_folder; of several processes the first makes it."""
+        [folder] = parallel.together([new_folder(out, name)] if parallel.first() else [])
+        return cls(folder)
 
     @property
     def seconds(self):
@@ -185,7 +192,8 @@ class Run:
         tqdm.write("stopping after this step (again: at once)")
 
     def __exit__(self, kind, error, trace):
-        self.lock.close()
+        if parallel.first():
+            self.lock.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if isinstance(error, KeyboardInterrupt):
@@ -202,7 +210,7 @@ class Run:
         bar = tqdm(total=last, initial=max(self.step, 0), desc="RL", unit="step", disable=None)
         with bar:
             while self.step < last:
-                if self.stopping:
+                if parallel.somewhere(self.stopping):
                     raise KeyboardInterrupt
                 self.step_start = time.perf_counter()
                 yield self.step + 1
@@ -211,12 +219,16 @@ class Run:
 
     def begin(self, samples):
         """The files that steps add to. samples: text."""
+        if not parallel.first():
+            return
         write_file(self.folder / "samples.txt", f"after the cold start\n{samples}")
         write_file(self.folder / "log.csv", ",".join(COLUMNS) + "\n")
         write_file(self.folder / "dropped.csv", ",".join(DROPPED) + "\n")
 
     def describe(self, **facts):
         """Put facts into run.json, beside those that are there."""
+        if not parallel.first():
+            return
         file = self.folder / "run.json"
         record = read_json(file) if file.exists() else {}
         write_file(file, json.dumps(record | facts, indent=2) + "\n")
@@ -225,6 +237,8 @@ class Run:
         """A step's row for log.csv, rows of dropped.csv, and the line that is printed."""
         row = row | {"seconds": time.perf_counter() - self.step_start}
         rounded = {k: float(f"{x:.6g}") if isinstance(x, float) else x for k, x in row.items()}
+        if not parallel.first():
+            return
         _append(self.folder / "dropped.csv", DROPPED, drops)
         _append(self.folder / "log.csv", COLUMNS, [rounded])
         tqdm.write(f"{line}  {row['seconds']:.1f} s")
@@ -239,10 +253,12 @@ class Run:
         began, name = time.perf_counter(), f"step-{step:06d}"
         state = {"step": step, "seconds": self.seconds}
         state |= {"optimizer": optimizer.state_dict(), "curriculum": curriculum.state_dict()}
-        checkpoint.save_pretrained(model, self.folder / name, trainer_state=state)
-        write_file(self.folder / "latest", name + "\n")
-        for old in checkpoint.saved_steps(self.folder)[1:-keep]:
-            shutil.rmtree(old)
+        model, state = checkpoint.whole(model), parallel.on_first(state)
+        if parallel.first():
+            checkpoint.save_pretrained(model, self.folder / name, trainer_state=state)
+            write_file(self.folder / "latest", name + "\n")
+            for old in checkpoint.saved_steps(self.folder)[1:-keep]:
+                shutil.rmtree(old)
         self.saved = time.perf_counter()
         self.save_s = self.saved - began
 
@@ -279,11 +295,13 @@ def reopen(run, optimizer, curriculum, device, last_step):
     files = {"log.csv": (COLUMNS, _log_goes_on), "dropped.csv": (DROPPED, _drops_go_on)}
     cut = {name: _until(folder / name, x, step, goes_on) for name, (x, goes_on) in files.items()}
     read_text(folder / "samples.txt")
-    for newer in checkpoint.saved_steps(folder):
-        if newer.name > newest.name:
-            shutil.rmtree(newer)
-    for name, text in cut.items():
-        write_file(folder / name, text)
+    parallel.together([])  # all have read
+    if parallel.first():
+        for newer in checkpoint.saved_steps(folder):
+            if newer.name > newest.name:
+                shutil.rmtree(newer)
+        for name, text in cut.items():
+            write_file(folder / name, text)
     run.step, run.earlier = step, seconds
 
 
@@ -348,6 +366,8 @@ def finish(run, samples, title, compare):
     samples: text after the last step. compare: whether the run has the settings of the reference
     seeds.
     """
+    if not parallel.first():
+        return None
     folder, log = run.folder, read_log(run.folder / "log.csv")
     before = read_text(folder / "samples.txt").split("\nafter ")[0]
     after = f"\nafter {run.step} RL steps\n{samples}" + show_drops(folder / "dropped.csv")

@@ -245,9 +245,10 @@ class Score:
     correct: bool
     well_formed: bool
     forked: bool
+    crashed: bool = False  # the verifier did
 
 
-CRASHED = Score(0.0, False, False, False)  # told from an equal score by its identity
+CRASHED = Score(0.0, False, False, False, crashed=True)
 
 
 def score(problem, text, ended=True):

@@ -35,6 +35,7 @@ from tyro.conf import Fixed
 
 import cispo
 import engine
+import parallel
 import runlog
 import tasks
 from cli import (
@@ -222,7 +223,7 @@ def make_optimizer(model, lr=0.0):
 
 def clip(model, max_norm):
     """Clip the gradients; returns their norm before. Stops the run when it is not finite."""
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    norm = parallel.clip(model.parameters(), max_norm)
     if not math.isfinite(norm):
         raise ValueError(f"the gradient norm is {norm}; lower the learning rate")
     return norm
@@ -250,7 +251,7 @@ def cold_start(model, tokenizer, flags, batch_size=48):
         bar.update()
         if step % every == 0 or step == stop:
             skill = chain_skill(model, tokenizer, flags)
-            told = f"loss {loss.item():.3f}  forced chains right {skill:.2f}"
+            told = f"loss {summed(loss):.3f}  forced chains right {skill:.2f}"
             bar.set_postfix_str(told)
             if bar.disable:  # no terminal
                 print(f"cold start step {step}  {told}", flush=True)
@@ -262,7 +263,7 @@ def cold_start(model, tokenizer, flags, batch_size=48):
             break
     bar.close()
     optimizer.zero_grad()
-    return {"steps": step, "skill": skill, "loss": loss.item()}
+    return {"steps": step, "skill": skill, "loss": summed(loss)}
 
 
 def chain_skill(model, tokenizer, flags, n=96):
@@ -328,7 +329,7 @@ def train(flags):
             drops = runlog.summarize_drops(drops, tokenizer, step)
             run.log(row, drops, step_line(row, flags, drops))
             due = step % flags.checkpoint_every == 0 and run.rested
-            if due or step == flags.steps or run.stopping:
+            if parallel.somewhere(due or step == flags.steps or run.stopping):
                 run.save(model, optimizer, curriculum, step)
     return runlog.finish(run, show_samples(model, tokenizer, flags), *named(flags))
 
@@ -349,8 +350,8 @@ def measure(slices, old, watched, recipe, longest):
     trained, A = (torch.cat([getattr(p, x) for p in slices]) for x in ("trained", "advantages"))
     infer_logp = torch.cat([part.infer_logp for part in slices])[trained]
     everything = [p for part in old for p in part]
-    old_logp = torch.cat([p.logp for p in everything])[trained]
-    entropy = torch.cat([p.entropy for p in everything])[trained]
+    old_logp = torch.cat([parallel.rows(p.logp) for p in everything])[trained]
+    entropy = torch.cat([parallel.rows(p.entropy) for p in everything])[trained]
     gap = (old_logp - infer_logp).abs()
     row = {
         "entropy": float(entropy.mean()),
@@ -368,12 +369,13 @@ def measure(slices, old, watched, recipe, longest):
     logs, drops = [], []
     for part, before, (norm, parts) in zip(slices, old, watched):
         losses, log_ratio, dropped, auxs = zip(*parts)
-        logp, log_ratio, dropped = map(torch.cat, ([p.logp for p in before], log_ratio, dropped))
+        passed = [p.logp for p in before], log_ratio, dropped
+        logp, log_ratio, dropped = (torch.cat([*map(parallel.rows, x)]) for x in passed)
         aux = auxs[-1]  # the loads of all passes are the whole slice's; a layer's sum is k
         load = aux.expert_load / aux.expert_load.sum(1, keepdim=True).round()  # (layers, E)
         beyond = (load - CAPACITY / load.shape[1]).clamp(min=0).sum(1).mean()
-        router_loss = float(sum(aux.router_loss.detach() for aux in auxs))
-        own = {"loss": float(sum(losses)), "grad_norm": norm, "router_loss": router_loss}
+        router_loss = summed(sum(aux.router_loss for aux in auxs))
+        own = {"loss": summed(sum(losses)), "grad_norm": norm, "router_loss": router_loss}
         own |= {"busiest_expert": float(load.max()), "over_capacity": float(beyond)}
         logs.append(own | cispo.statistics(log_ratio, dropped, part.trained, recipe))
         lost = (part.tokens[:, 1:], logp.exp(), log_ratio.exp())
@@ -383,14 +385,20 @@ def measure(slices, old, watched, recipe, longest):
     return row, drops
 
 
+def summed(x):
+    """A number of all processes, each of which has its share as a tensor."""
+    return float(parallel.totals(x.view(1))[0])
+
+
 def begin(flags):
     """(Run, model, tokenizer, optimizer, Curriculum) of a new run, or of one that goes on."""
     torch.manual_seed(flags.seed)
     run = runlog.Run(flags.resume) if flags.resume else None
     resumed = run and runlog.last_saved(run.folder)
     stored = run.folder if resumed else flags.init
-    device = choose_device(flags, stored)
-    model = load_model(flags, stored, device)
+    device = parallel.start(choose_device(flags, stored))
+    check_processes(flags)
+    model = parallel.shard(load_model(flags, stored, device))
     tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model)
     curriculum = tasks.Curriculum(flags.mix, flags.growth)
     check_lengths(flags, tokenizer, model.config.max_position_embeddings)
@@ -398,7 +406,7 @@ def begin(flags):
         runlog.reopen(run, optimizer, curriculum, device, flags.steps)
     if not run:
         size = "init" if flags.init else flags.preset or "tiny"
-        run = runlog.Run(runlog.new_folder(flags.out, f"{size}-{flags.recipe.algo}"))
+        run = runlog.Run.new(flags.out, f"{size}-{flags.recipe.algo}")
     told = dataclasses.replace(flags, out=None, resume=None, eval=None)
     run.describe(flags=flat(told), **runlog.machine(device))
     print(banner(flags, model, run.folder), flush=True)
@@ -416,6 +424,17 @@ def load_model(flags, stored, device):
         model.compute = torch.bfloat16
     model.recompute = flags.recompute
     return model
+
+
+def check_processes(flags):
+    """ValueError unless all processes have the same flags and each a row of every group."""
+    n = parallel.size()
+    if n > flags.group_size:
+        found = f"--group-size {flags.group_size}"
+        raise ValueError(f"{n} processes need a group of at least {n} responses, found {found}")
+    asked = parallel.together([repr(flags)])
+    if other := [i for i, x in enumerate(asked) if x != asked[0]]:
+        raise ValueError(f"process {other[0]} was started with other flags than process 0")
 
 
 def check_lengths(flags, tokenizer, limit):
@@ -585,7 +604,8 @@ def main(argv=None):
     flags = read_flags(argv)
     if flags.eval is None:
         return train(flags)
-    model = load_model(flags, flags.eval, choose_device(flags, flags.eval))
+    device = parallel.start(choose_device(flags, flags.eval))
+    model = load_model(flags, flags.eval, device)
     scores = evaluate(model, Tokenizer.of(model.config), flags)
     told = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"{checkpoint.checkpoint_dir(flags.eval)}: {told}")

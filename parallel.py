@@ -1,0 +1,180 @@
+"""Several processes, one model: torchrun --nproc_per_node=N train_rl.py takes the steps of one.
+
+The only importer of torch.distributed. Alone, in a process that torchrun has not started, every
+function here gives back what it got, and nothing changes to the bit.
+
+    every rank   has all problems, responses, rewards and batches, which are small
+    each rank    answers its share of the prompts, and learns from its share of a slice's rows
+    over ranks   a parameter, its gradient and its moments lie in parts (FSDP2); a layer's are
+                 gathered while it computes, and gradients of the parts are summed
+
+    1. Processes     start, finish, rank, size, first
+    2. Shares        share, together, rows, totals, somewhere
+    3. A model       shard, whole, on_first, part_like, clip
+"""
+
+import os
+import sys
+
+from cli import torch
+
+# ============================================================================
+# 1. Processes
+# ============================================================================
+
+
+def rank():
+    """The number of this process; 0 alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def size():
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def first():
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def start(device):
+    """Meet the other processes: the device of this one. Those but the first say nothing from here,
+    except why they fail.
+    """
+    if size() == 1:
+        return device
+    import torch.distributed as dist
+
+    if not first():
+        sys.stdout = open(os.devnull, "w")
+    if device == "cuda":
+        here = int(os.environ.get("LOCAL_RANK", 0))
+        if here >= torch.cuda.device_count():
+            found = f"{torch.cuda.device_count()} GPUs here"
+            raise ValueError(f"process {here + 1} of this machine needs a GPU of its own, {found}")
+        device = f"cuda:{here}"
+        torch.cuda.set_device(here)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
+def finish():
+    """Leave the others; all of them do."""
+    if size() > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ============================================================================
+# 2. Shares
+# ============================================================================
+
+
+def share(n, begin=0):
+    """This rank's part of n things in a row from `begin` on, as a slice; sizes differ by 1."""
+    return slice(begin + n * rank() // size(), begin + n * (rank() + 1) // size())
+
+
+def together(things):
+    """The lists of all ranks as one, in the order of ranks."""
+    if size() == 1:
+        return things
+    import torch.distributed as dist
+
+    lists = [None] * size()
+    dist.all_gather_object(lists, things)
+    return [x for own in lists for x in own]
+
+
+def rows(x):
+    """Rows (n, ...) of all ranks as one tensor, in the order of ranks; without gradients."""
+    if size() == 1:
+        return x
+    return torch.cat(together([x.detach().cpu()])).to(x.device)
+
+
+def totals(x, n=0):
+    """The sum of a tensor (E,) over all ranks, without gradients, and that of a number."""
+    if size() == 1:
+        return x, n
+    import torch.distributed as dist
+
+    both = torch.cat([x.detach(), x.new_tensor([n])])
+    dist.all_reduce(both)
+    return both[:-1], both[-1]
+
+
+def somewhere(flag):
+    """Whether a flag is set on some rank."""
+    return any(together([flag]))
+
+
+# ============================================================================
+# 3. A model
+# ============================================================================
+
+
+def shard(model):
+    """Cut every parameter into parts, one for each rank, all from the weights of the first.
+
+    model.layers are gathered one after the other, the rest of the parameters stays gathered from
+    model.hidden to the end of the backward pass. Gradients are summed, not averaged: losses have
+    their normalisers over all ranks.
+    """
+    if size() == 1:
+        return model
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for p in model.parameters():
+        dist.broadcast(p.data, 0)
+    mesh = init_device_mesh(model.device.type, (size(),))
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "hidden")
+    return model
+
+
+def in_parts(x):
+    """Whether a tensor is one that lies in parts."""
+    return hasattr(x, "full_tensor")
+
+
+def whole(x):
+    """A tensor, gathered if it lies in parts; all ranks ask for it."""
+    return x.full_tensor() if in_parts(x) else x
+
+
+def on_first(x):
+    """A tensor that lies in parts, or dicts and lists of some, whole on the CPU of the first rank;
+    all ranks ask for it. One tensor at a time is whole elsewhere.
+    """
+    if isinstance(x, dict):
+        return {name: on_first(part) for name, part in x.items()}
+    if isinstance(x, list):
+        return [on_first(part) for part in x]
+    if not in_parts(x):
+        return x
+    x = whole(x.detach())
+    return x.cpu() if first() else None
+
+
+def part_like(x, p):
+    """This rank's part of a whole tensor, cut as p is, on p's device."""
+    if not in_parts(p):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+
+def clip(parameters, max_norm):
+    """Clip gradients to a norm over all ranks; returns the norm before."""
+    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
