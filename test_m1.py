@@ -145,11 +145,6 @@ def reference(device):
     return load_pretrained(HERE / "parity", device)
 
 
-@pytest.fixture
-def parity_model():
-    return load_pretrained(HERE / "parity")
-
-
 @pytest.mark.parametrize("form", ["loop", "grouped", "grouped_mm", "dense"])
 def test_logits_are_those_of_the_released_code(released, reference, form, device):
     if device == "cuda" and form == "grouped_mm":
@@ -198,16 +193,14 @@ def test_loss_and_gradient_norms_are_those_of_the_released_code(released, refere
 
 
 def test_the_456_b_preset_has_exactly_the_published_parameters():
-    n, expected = count_parameters(M1Config.preset("m1")), (456_089_655_296, 45_944_920_064)
+    config = M1Config.preset("m1")
+    n, expected = count_parameters(config), (456_089_655_296, 45_944_920_064)
     assert (n["total"], n["active"]) == expected and n["active_with_head"] == 47_174_113_280
     with torch.device("meta"):
-        assert len(published_tensors(MiniMaxM1(M1Config.preset("m1")))) == 8243
-
-
-@pytest.mark.parametrize("depth, alpha", [(3, 6**0.25), (80, 3.5565588200778455)])
-def test_every_alpha_is_the_fourth_root_of_twice_the_depth_by_default(depth, alpha):
-    config, parts = M1Config(num_hidden_layers=depth), ("full_attention", "linear_attention", "mlp")
-    assert [getattr(config, f"layernorm_{x}_alpha") for x in parts] == pytest.approx([alpha] * 3)
+        assert len(published_tensors(MiniMaxM1(config))) == 8243
+    for part in ("full_attention", "linear_attention", "mlp"):  # the fourth root of twice 80 layers
+        alpha = getattr(config, f"layernorm_{part}_alpha")
+        assert alpha == pytest.approx(3.5565588200778455)
 
 
 # ============================================================================
@@ -295,17 +288,14 @@ def test_slopes_are_the_released_geometric_ones_also_for_odd_head_counts():
 
 
 @pytest.mark.parametrize("slopes", SLOPES)
-@pytest.mark.parametrize("L", [1, 2, 63, 64, 65, 130])
+@pytest.mark.parametrize("L", [1, 63, 64, 65, 130])
 def test_all_forms_agree_with_the_recurrent_definition_in_outputs_states_and_gradients(L, slopes):
     for impl, dtype in itertools.product(FORMS, BOUNDS):
         error = attention_error(impl, (2, L, 3, 8, 5), dtype, slope=SLOPES[slopes])
         assert error < BOUNDS[dtype], (impl, dtype)
-
-
-@pytest.mark.parametrize("impl", FORMS)
-def test_packed_sequences_get_what_each_gets_alone(impl):
-    bounds = [0, 7, 7, 19, 20]  # one of the four is empty
-    assert attention_error(impl, (1, 20, 3, 8, 5), torch.float64, bounds=bounds) < 1e-12
+        bounds = [0, L // 2, L // 2, L]  # packed; one of the three is empty
+        error = attention_error(impl, (1, L, 3, 8, 5), dtype, slope=SLOPES[slopes], bounds=bounds)
+        assert error < BOUNDS[dtype], (impl, dtype, "packed")
 
 
 def test_64k_tokens_stay_exact_in_fp32():
@@ -340,18 +330,18 @@ def test_the_step_is_the_recurrence_and_works_in_place(impl, L, K, V, bound):
 
 HALF = [torch.bfloat16, torch.float16][DEVICE == "cpu" :]  # Triton 3.9 interprets bf16 wrong
 PACKED = [0, 70, 70, 71, 230, 300]  # one sequence is empty, one a single token
-KERNEL_CASES, sizes = {}, [(16, 16), (32, 64), (48, 80), (128, 32)]
-for L, some in zip((0, 1, 63, 64, 65, 150), (*zip(sizes), sizes[::2], sizes)):
-    for K, V in some:
-        KERNEL_CASES[f"{L} tokens, {K} x {V}"] = (2, L, 3, K, V), dict(first=L < 150)
-for n in (1, 2, 3):
+KERNEL_CASES = {}
+for L, K, V in [(0, 16, 16), (1, 32, 64), (63, 48, 80), (64, 128, 32), (65, 48, 80), (150, 16, 16)]:
+    KERNEL_CASES[f"{L} tokens, {K} x {V}"] = (2, L, 3, K, V), dict(first=L < 150)
+for n in (1, 3):
     KERNEL_CASES[f"packed, {n} segments"] = (1, 300, 2, 32, 48), dict(bounds=PACKED, n_segments=n)
-    KERNEL_CASES[f"batch, {n} segments"] = (2, 330, 2, 16, 16), dict(n_segments=n)
-for name in SLOPES:
+KERNEL_CASES["batch, 2 segments"] = (2, 330, 2, 16, 16), dict(n_segments=2)
+for name in ("steep", "slow"):
     KERNEL_CASES[f"{name} heads"] = (1, 200, 3, 16, 32), dict(slope=SLOPES[name])
-for flat, name in itertools.product((True, False), [*VIEWS, *HALF]):
+for name in (*VIEWS, *HALF):
     choice = dict(view=name) if name in VIEWS else dict(dtype=name)
-    KERNEL_CASES[f"{name}, flat {flat}"] = (2, 150, 2, 32, 64), dict(flat=flat) | choice
+    for flat in (True, False) if name in ("whole", "fused", *HALF) else (True,):  # read in place
+        KERNEL_CASES[f"{name}, flat {flat}"] = (2, 150, 2, 32, 64), dict(flat=flat) | choice
 
 
 @pytest.mark.parametrize("case", KERNEL_CASES)
@@ -362,12 +352,10 @@ def test_the_kernel_has_the_outputs_states_and_gradients_of_the_definition(case)
 
 
 def test_few_sequences_are_cut_and_many_are_not():
-    def n_segments(B, L):
-        return lightning_attn._plan(B, *(torch.empty(B, L, 2, 16),) * 3)[3]
-
-    n_processors = lightning_attn._gpu(torch.device("cpu"))[0]
-    assert (n_segments(1, 256), n_segments(1, 255), n_segments(n_processors, 4096)) == (1, 1, 1)
-    assert n_segments(1, 4096) == n_processors // 2
+    n = lightning_attn._gpu(torch.device("cpu"))[0]  # processors
+    sizes = {(1, 256): 1, (1, 255): 1, (n, 4096): 1, (1, 4096): n // 2}  # of two heads each
+    for (B, L), n_segments in sizes.items():
+        assert lightning_attn._plan(B, *(torch.empty(B, L, 2, 16),) * 3)[3] == n_segments
 
 
 def test_a_sequence_full_of_nan_does_not_touch_its_neighbours():
@@ -394,23 +382,18 @@ def test_runs_are_equal_to_the_last_bit_and_torch_compile_takes_them_in_one_grap
 
 def test_what_the_kernel_cannot_do_is_said_before_it_starts(monkeypatch):
     slope, q = decay_slopes(2, 0, 8, DEVICE), torch.randn(1, 5, 2, 16, device=DEVICE)
-    one, state = q[:, 0], torch.zeros(1, 2, 16, 16, device=DEVICE)
-
-    def refused(message, *inputs, function=lightning_attention, impl="triton", **kw):
-        with pytest.raises(ValueError, match=message):
-            function(*inputs or (q, q, q, slope), impl=impl, **kw)
-
     wide = torch.randn(1, 5, 2, 24, device=DEVICE)
-    refused("multiples of 16 from 16 to 128, found K = 24, V = 24", wide, wide, wide, slope)
-    refused("bf16, fp16 or fp32, found torch.float64", *[q.double()] * 3, slope)
+
+    def refused(message, q=q, **kw):
+        with pytest.raises(ValueError, match=message):
+            lightning_attention(q, q, q, slope, impl="triton", **kw)
+
+    refused("multiples of 16 from 16 to 128, found K = 24, V = 24", wide)
+    refused("bf16, fp16 or fp32, found torch.float64", q.double())
     refused("must rise from 0 to L = 5", cu_seqlens=torch.tensor([0, 6]))
     refused("N \\+ 1", cu_seqlens=torch.tensor([0.0, 5.0]))
-    step = dict(function=lightning_step, impl="auto")
-    refused("q and k must be", one, one[:, :1], one, slope, state, **step)
-    refused("slope must be", one, one, one, slope[:1], state, **step)
-    refused("auto, torch or triton", one, one, one, slope, state, **step | dict(impl="cuda"))
     if DEVICE == "cpu":
-        refused("interpreter multiplies bf16 wrongly", *[q.bfloat16()] * 3, slope)
+        refused("interpreter multiplies bf16 wrongly", q.bfloat16())
         with monkeypatch.context() as patch:  # as if TRITON_INTERPRET had not been set
             compiled = lightning_attn.triton.JITFunction(lightning_attn._scan_kernel.fn)
             patch.setattr(lightning_attn, "_scan_kernel", compiled)
@@ -527,35 +510,26 @@ def attended(q, k, v, last):
     return torch.stack(rows)
 
 
-QUERIES = [
-    (1, 1, 6, 2, 16),
-    (3, 5, 2, 2, 8),
-    (2, 63, 6, 1, 24),
-    (1, 64, 17, 1, 40),
-]  # B, S, H, J, K
-QUERIES += [(1, 200, 8, 1, 128), (3, 131, 2, 1, 64), (1, 40, 4, 2, 256)]
+QUERIES = [(1, 1, 6, 2, 16), (3, 5, 2, 2, 8), (1, 64, 17, 1, 40)]  # B, S, H, J, K
+QUERIES += [(3, 131, 2, 1, 64), (1, 40, 4, 2, 256)]
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("shape", QUERIES)
 def test_one_query_by_the_kernel_sees_its_rows_keys_and_nothing_behind_them(shape, splits):
-    x = one_query(*shape, fill=math.nan)
     kernel = functools.partial(softmax_attn._launch, splits=splits, least=16, BN=16)
-    assert relative_error(kernel(*x), attended(*x)) < 2e-6
+    q, k, v, last = x = one_query(*shape, fill=math.nan)
+    o = kernel(*x)
+    assert relative_error(o, attended(*x)) < 2e-6
+    strange = k.mT.contiguous().mT, v.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(kernel(q.mT.contiguous().mT, *strange, last), o)
+    last[0] = 10**6  # counts as the last key there is
+    assert torch.equal(kernel(*x), o)
     x = one_query(*shape)
     assert relative_error(softmax_attn.attend_step_torch(*x), attended(*x)) < 2e-6
     x = one_query(*shape, dtype=HALF[0])
     rounded = relative_error(softmax_attn.attend_step_torch(*x), attended(*x))
     assert relative_error(kernel(*x), attended(*x)) <= 1.5 * rounded
-
-
-def test_one_query_takes_any_layout_of_a_cache_and_a_last_key_beyond_it_is_its_end():
-    q, k, v, last = one_query(2, 40, 4, 2, 16)
-    right = softmax_attn._launch(q, k, v, last)
-    strange = k.mT.contiguous().mT, v.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(softmax_attn._launch(q.mT.contiguous().mT, *strange, last), right)
-    last[0] = 10**6
-    assert torch.equal(softmax_attn._launch(q, k, v, last), right)
 
 
 def test_the_keys_of_few_rows_are_shared_out_and_short_ones_are_one_launch():
@@ -612,33 +586,19 @@ def test_rows_of_a_cache_continue_with_different_numbers_of_tokens_and_can_be_gi
         model(torch.zeros(3, 60, dtype=torch.int64), cache=cache)
 
 
-def test_expert_forms_agree_in_outputs_and_gradients():
-    moe, x = small_model().layers[0].block_sparse_moe, torch.randn(2, 9, 24, dtype=torch.float64)
-    weights, results = [moe.w1, moe.w2, moe.w3, moe.gate.weight], []
-    for moe.form in ("loop", "grouped", "dense"):
-        out, _ = moe(x)
-        results.append([out, *torch.autograd.grad(out.sin().sum(), weights)])
-    for first, *others in zip(*results):
-        assert all(relative_error(x, first) < 1e-12 for x in others)
-
-
-def test_grouped_products_have_the_outputs_and_gradients_of_the_loop_also_for_idle_experts():
-    moe, x = small_model(dtype=torch.float32).layers[0].block_sparse_moe, torch.randn(1, 9, 24)
-    with torch.no_grad():
-        moe.gate.weight[2] = 0  # the third expert is chosen by tokens whose other logits are < 0
-        moe.gate.weight[3] = moe.gate.weight[0] - 10 * x[0, 0]
+@pytest.mark.parametrize("idle", [False, True])
+def test_expert_forms_agree_in_outputs_and_gradients(idle):
+    moe, x = small_model(dtype=torch.float32).layers[0].block_sparse_moe, torch.randn(2, 9, 24)
+    if idle:  # all choose the first two experts of four
+        moe.gate.weight.data.zero_()[:2], x = 1, x.abs()
     results = []
-    for moe.form in ("loop", "grouped_mm"):
+    for moe.form in ("loop", "grouped", "grouped_mm", "dense"):
         inputs = [x.clone().requires_grad_(), moe.w1, moe.w2, moe.w3, moe.gate.weight]
         out, routing = moe(inputs[0])
         results.append([out, *torch.autograd.grad(out.sin().sum(), inputs)])
-    assert all(relative_error(x, first) < 1e-5 for first, x in zip(*results))
-    moe.gate.weight.data.zero_()[:2] = 1  # experts 2 and 3 idle
-    for moe.form in ("loop", "grouped_mm"):
-        out, routing = moe(x.abs())
-        results.append([out, *torch.autograd.grad(out.sin().sum(), [moe.w1, moe.w2, moe.w3])])
-    assert routing.load.tolist() == [1, 1, 0, 0] and not results[3][1][2:].any()
-    assert all(relative_error(x, first) < 1e-5 for first, x in zip(*results[2:]))
+        assert (routing.load.tolist() == [1, 1, 0, 0]) == idle
+    for first, *others in zip(*results):
+        assert all(relative_error(x, first) < 1e-5 for x in others)
 
 
 def small_parts(D, dtype, rows=7):
@@ -646,9 +606,11 @@ def small_parts(D, dtype, rows=7):
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(D))
     x, y, gate = draw(3, rows, 2 * D).to(DEVICE, dtype).unbind()
     x, y, gate, weight = x[:, :D], y[:, ::2], gate[:, :D].contiguous(), draw(D).to(DEVICE)
+    angle, heads = draw(rows, 5, 1, D // 2).to(DEVICE), draw(rows, 5, 3, 2 * D).to(DEVICE, dtype)
+    rope = functools.partial(layers.rope, cos=angle.cos(), sin=angle.sin())
     calls = [(layers.rms_norm, x, weight, 1e-5), (layers.rms_norm, y, weight.to(dtype), 1e-6, gate)]
     calls += [(layers.swiglu, gate, x), (layers.residual, y, gate, 3.5, 0.7)]
-    return [*calls, (layers.residual, x, y, 2.0, 1.0)]
+    return [*calls, (layers.residual, x, y, 2.0, 1.0), (rope, heads[..., :D])]
 
 
 def with_gradients(function, *inputs):
@@ -657,14 +619,14 @@ def with_gradients(function, *inputs):
     out, tensors = function(*inputs), [i for i in inputs if torch.is_tensor(i)]
     with torch.no_grad():
         assert torch.equal(function(*inputs), out)
-    noise = torch.randn(out.T.shape, generator=torch.Generator().manual_seed(0)).to(out)
-    gradients = torch.autograd.grad(out, tensors, noise.T)  # with gaps, too
+    noise = torch.randn(out.mT.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    gradients = torch.autograd.grad(out, tensors, noise.mT)  # with gaps, too
     assert [dx.dtype for dx in gradients] == [x.dtype for x in tensors]
     return [out.detach(), *gradients]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF[0]])
-@pytest.mark.parametrize("D", [3, 24, 77, 1500])
+@pytest.mark.parametrize("D", [3, 24, 1501])
 def test_small_parts_as_kernels_and_their_gradients_are_as_close_to_fp64_as_pytorch(
     D, dtype, monkeypatch
 ):
@@ -679,32 +641,16 @@ def test_small_parts_as_kernels_and_their_gradients_are_as_close_to_fp64_as_pyto
         assert relative_error(kernel, truth) <= max(most, 1e-6)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_model_learns_alike_with_small_parts_as_kernels_whatever_it_computes_again(
-    recompute, monkeypatch
-):
+def test_a_model_learns_alike_with_small_parts_as_kernels_whatever_it_computes_again(monkeypatch):
     model, results = small_model(dtype=torch.float32).to(DEVICE), []
     tokens = torch.randint(64, (2, 4), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    for fast, model.recompute in ((False, False), (True, recompute)):
+    for fast, model.recompute in ((False, False), (True, False), (True, True)):
         monkeypatch.setattr(layers, "_fast", lambda x, fast=fast: fast)
         with torch.autocast(DEVICE, torch.bfloat16):  # which a model keeps out
             logp = model.logp(tokens, tokens.flip(1))
         results.append([logp, *torch.autograd.grad(logp.sum(), list(model.parameters()))])
-    assert all(relative_error(kernel, plain) < 1e-4 for plain, kernel in zip(*results))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, HALF[0]])
-@pytest.mark.parametrize("K, R", [(8, 8), (20, 6)])
-def test_rotations_as_a_kernel_and_their_gradients_are_those_of_pytorch(K, R, dtype, monkeypatch):
-    x, dy = torch.randn(2, 2, 5, 3, 2 * K).to(DEVICE, dtype)[..., :K]
-    angle, results = torch.randn(2, 5, 1, R // 2, device=DEVICE), []
-    for fast in (False, True):
-        monkeypatch.setattr(layers, "_fast", lambda x, fast=fast: fast)
-        x = x.detach().requires_grad_()
-        out = layers.rope(x, angle.cos(), angle.sin())
-        results.append([out, *torch.autograd.grad(out, x, dy)])
-    for plain, kernel in zip(*results):
-        assert plain.dtype == kernel.dtype and relative_error(kernel, plain) < 1e-6
+    for plain, *kernels in zip(*results):
+        assert all(relative_error(kernel, plain) < 1e-4 for kernel in kernels)
 
 
 def test_small_parts_are_kernels_on_a_gpu_but_for_fp64_and_launch_none_for_no_rows(monkeypatch):
@@ -713,11 +659,11 @@ def test_small_parts_are_kernels_on_a_gpu_but_for_fp64_and_launch_none_for_no_ro
         assert layers._fast(x) == (dtype != torch.float64 and layers.triton is not None)
     assert not layers._fast(torch.ones(1))
     monkeypatch.setattr(layers, "_fast", lambda x: True)
-    for name in ("norm", "norm_backward", "pairs", "swiglu_backward"):
+    for name in ("norm", "norm_backward", "pairs", "swiglu_backward", "rope"):
         monkeypatch.setattr(layers, f"_{name}_kernel", None)
     for function, x, *others in small_parts(8, torch.float32, rows=0):
         out, dx, *_ = with_gradients(function, x, *others)
-        assert out.shape == dx.shape == (0, 8)
+        assert out.shape == dx.shape and not out.numel()
 
 
 @NEEDS_GPU
@@ -737,7 +683,7 @@ def test_small_parts_are_right_beyond_two_to_the_31_numbers():
         assert all(relative_error(big, alone) < 3e-3 for big, alone in zip(*results))
 
 
-@pytest.mark.parametrize("T, E, k", [(1, 8, 2), (5, 6, 2), (33, 32, 2), (64, 4, 1), (7, 5, 5)])
+@pytest.mark.parametrize("T, E, k", [(1, 8, 2), (33, 32, 2), (64, 4, 1), (7, 5, 5)])
 def test_counting_rows_of_experts_gives_what_sorting_gives(T, E, k):
     x, gate = torch.randn(T, 24, device=DEVICE), torch.randn(E, 24, device=DEVICE)
     probs, chosen = (x @ gate.T).softmax(-1).topk(k)
@@ -771,27 +717,21 @@ def uneven_experts(T, E, k, D, width, dtype):
     return moe, x, weight, chosen, experts.plan(chosen, E)
 
 
-def step_experts(moe, x, weight, rows):
-    return experts.step_experts(x, weight, rows, moe.w1, moe.w3, moe.w2)
-
-
 @pytest.mark.parametrize(
     "T, E, k, D, width",
-    [(1, 8, 2, 24, 300), (3, 5, 4, 67, 150), (40, 8, 2, 70, 33), (150, 2, 1, 24, 70)],
+    [(1, 8, 2, 72, 304), (3, 5, 4, 67, 150), (40, 8, 2, 72, 136), (150, 2, 1, 24, 70)],
 )
-def test_kernels_of_a_step_give_what_the_loop_over_experts_gives(T, E, k, D, width):
-    moe, x, weight, chosen, rows = uneven_experts(T, E, k, D, width, torch.float32)
-    out = step_experts(moe, x, weight, rows)
-    assert relative_error(out, moe.loop(x, weight, chosen)) < 1e-5
-
-
-@pytest.mark.parametrize("T", [1, 40])
-def test_kernels_of_a_step_round_no_more_than_three_products(T):
-    moe, x, weight, chosen, rows = uneven_experts(T, 8, 2, 72, 136, HALF[0])
-    out = [step_experts(moe, x, weight, rows), moe.planned(x, weight, rows)]
-    right = moe.double().loop(x.double(), weight.double(), chosen)
-    kernels, products = (relative_error(y, right) for y in out)
-    assert out[0].dtype == HALF[0] and kernels < 1.1 * products < 0.02
+def test_kernels_of_a_step_give_the_loop_over_experts_and_round_no_more_than_three_products(
+    T, E, k, D, width
+):
+    for dtype in (torch.float32, HALF[0]):
+        moe, x, weight, chosen, rows = uneven_experts(T, E, k, D, width, dtype)
+        out = experts.step_experts(x, weight, rows, moe.w1, moe.w3, moe.w2)
+        products = [moe.planned(x, weight, rows)] if D % 8 == width % 8 == 0 else []
+        right = moe.double().loop(x.double(), weight.double(), chosen)
+        error, *others = (relative_error(y, right) for y in (out, *products))
+        assert out.dtype == dtype and error < (1e-5 if dtype == torch.float32 else 0.02)
+        assert dtype == torch.float32 or all(error < 1.1 * other for other in others)
 
 
 def test_the_router_loss_is_k_when_balanced_e_when_collapsed_and_padding_enters_none_of_it():
@@ -813,16 +753,11 @@ def test_an_expert_beyond_its_capacity_drops_the_last_real_choices_of_the_batch(
     real = torch.tensor([[True, False, True, True, True]])
     kept = moe.within_capacity(chosen, real)[real[0]]
     assert kept.tolist() == [[True, True], [True, True], [False, True], [False, False]]
-
-
-def test_a_dropped_choice_adds_nothing_and_a_pass_with_a_cache_drops_none():
     moe = small_model(num_experts_per_tok=1).layers[0].block_sparse_moe
     x, moe.capacity = torch.randn(1, 8, 24, dtype=torch.float64), 0.5  # one token to an expert
-    (out, routing), (whole, _) = moe(x), moe(x, with_routing=False)
+    (out, _), (whole, _) = moe(x), moe(x, with_routing=False)  # which drops none
     kept = (out == whole).all(-1)
-    assert 0 < kept.sum() <= 4 and not out[~kept].any()
-    moe.capacity = None
-    assert torch.equal(moe(x)[0], whole) and torch.equal(moe(x)[1].load, routing.load)
+    assert 0 < kept.sum() <= 4 and not out[~kept].any()  # what is dropped adds nothing
 
 
 def test_the_models_router_loss_is_the_mean_over_layers_of_each_layers_own():
@@ -921,30 +856,26 @@ def test_masks_are_made_in_blocks_and_not_at_all_for_a_first_prompt_without_padd
         model(tokens, cache=cache)
 
 
-def test_some_layers_of_a_model_can_be_loaded_and_are_those_of_the_whole(tmp_path, parity_model):
-    part = load_pretrained(HERE / "parity", layers=range(2, 4))
-    assert part.which == [2, 3] and len(part.layers) == 2
-    wanted = dict(parity_model.named_parameters())
+def test_some_layers_of_a_model_can_be_loaded_and_are_those_of_the_whole(tmp_path):
+    whole, part = (load_pretrained(HERE / "parity", layers=x) for x in (None, range(2, 4)))
+    wanted = dict(whole.named_parameters())
     for name, p in part.named_parameters():
         own = re.sub(r"^layers\.(\d)", lambda i: f"layers.{int(i[1]) + 2}", name)
         assert torch.equal(p, wanted[own])
-    assert part.layers[0].self_attn.place == parity_model.layers[2].self_attn.place
     x, ids = torch.randn(1, 5, 48), torch.randint(90, (1, 5))
-    whole, at = parity_model, parity_model._layout(ids, None, None, None)
-    for mine, its in zip(part.layers, whole.layers[2:]):
+    at = whole._layout(ids, None, None, None)
+    for mine, its in zip(part.layers, whole.layers[2:], strict=True):
         assert torch.equal(mine(x, at)[0], its(x, at)[0])
-    cache = part.new_cache(1, 9)
-    assert [isinstance(layer, tuple) for layer in cache.layers] == [False, True]
-    assert worst(part(ids, cache=cache), part(ids)) < 1e-4
+    assert worst(part(ids, cache=part.new_cache(1, 9)), part(ids)) < 1e-4
     says("cannot be saved as a whole one", save_pretrained, part, tmp_path / "a")
     for wrong in ([4], [0, 0], [], ["0"], [-1]):
         says("different numbers from 0 to 3", load_pretrained, HERE / "parity", layers=wrong)
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_saving_and_loading_gives_the_same_logits_and_the_same_bytes(tmp_path, parity_model, ours):
+def test_saving_and_loading_gives_the_same_logits_and_the_same_bytes(tmp_path, ours):
     own = small_model(dtype=torch.float32, shared_intermediate_size=8)
-    model = own if ours else parity_model
+    model = own if ours else load_pretrained(HERE / "parity")
     save_pretrained(model, tmp_path / "a", max_shard_bytes=40_000)
     again, ids = load_pretrained(tmp_path / "a"), torch.randint(90, (1, 11))
     save_pretrained(again, tmp_path / "b", max_shard_bytes=40_000)
