@@ -1,4 +1,4 @@
-"""Proof. Run with: python -m pytest -q        (about three minutes on two CPU cores)
+"""Proof. Run with: python -m pytest -q        (about two and a half minutes on two CPU cores)
 
 1. The released code's numbers      5. The objective
 2. Lightning attention              6. Tasks, sampling, training
@@ -634,18 +634,6 @@ def test_small_parts_as_kernels_and_their_gradients_are_as_close_to_fp64_as_pyto
     for truth, plain, kernel in zip(*results):
         most = 1e-5 if dtype == torch.float32 else 1.5 * relative_error(plain, truth)
         assert relative_error(kernel, truth) <= max(most, 1e-6)
-
-
-def test_a_model_learns_alike_with_small_parts_as_kernels_whatever_it_computes_again(monkeypatch):
-    model, results = small_model(dtype=torch.float32).to(DEVICE), []
-    tokens = torch.randint(64, (2, 4), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    for fast, model.recompute in ((False, False), (True, False), (True, True)):
-        monkeypatch.setattr(layers, "_fast", lambda x, fast=fast: fast)
-        with torch.autocast(DEVICE, torch.bfloat16):  # which a model keeps out
-            logp = model.logp(tokens, tokens.flip(1))
-        results.append([logp, *torch.autograd.grad(logp.sum(), list(model.parameters()))])
-    for plain, *kernels in zip(*results):
-        assert all(relative_error(kernel, plain) < 1e-4 for kernel in kernels)
 
 
 def test_small_parts_are_kernels_on_a_gpu_but_for_fp64_and_launch_none_for_no_rows(monkeypatch):
@@ -1703,9 +1691,7 @@ def test_checkpoints_that_take_long_are_left_out_but_for_the_last(start, tmp_pat
         assert rested(run) == expected
     monkeypatch.setattr(runlog.Run, "rested", property(lambda run: run.step < 0))
     train(tmp_path / "a", start + "--steps 2 --checkpoint-every 1")
-    assert [x.name for x in (tmp_path / "a").glob("step-*") if x.name != "step-000000"] == [
-        "step-000002"
-    ]
+    assert {x.name for x in (tmp_path / "a").glob("step-*")} == {"step-000000", "step-000002"}
 
 
 def test_flags_that_save_memory_change_passes_rows_and_layers_but_not_what_is_learnt(
@@ -1755,10 +1741,9 @@ def finished(folder):
     return untimed(folder), (folder / "dropped.csv").read_text(), weights, moments
 
 
-def test_a_run_explains_itself_repeats_itself_scores_again_and_starts_others(run, tmp_path, capsys):
+def test_a_run_explains_itself_scores_again_and_starts_others(run, tmp_path, capsys):
     folder, summary = run
-    train(tmp_path / "b", "--task mod")
-    assert len(untimed(folder)) == 4 and untimed(folder) == untimed(tmp_path / "b")
+    assert len(untimed(folder)) == 4
     files = {"run.json", "log.csv", "samples.txt", "curves.png", "summary.json", "latest"}
     assert files <= {f.name for f in folder.iterdir()} and newest(folder) == "step-000003"
     assert json.loads((folder / "summary.json").read_text()) == summary
@@ -1840,12 +1825,15 @@ def test_a_filtered_run_goes_on_with_its_problems(start, tmp_path, monkeypatch):
     assert finished(parted) == finished(whole) and state["curriculum"]["kept"][1] == marks
 
 
-@pytest.mark.parametrize("n, last", [(1, "step-000003"), (2, "step-000000"), (1, "")])
+SIGNALS = [(signal.SIGINT, 1, "step-000003"), (signal.SIGTERM, 1, "step-000003")]
+SIGNALS += [(signal.SIGINT, 2, "step-000000"), (signal.SIGTERM, 1, "")]
+
+
+@pytest.mark.parametrize("number, n, last", SIGNALS)
 def test_ctrl_c_saves_the_step_but_twice_or_in_the_cold_start_it_acts_at_once(
-    n, last, start, run, tmp_path, capsys, monkeypatch
+    number, n, last, start, run, tmp_path, capsys, monkeypatch
 ):
-    number, folder = signal.SIGTERM if n == 1 else signal.SIGINT, tmp_path / "a"
-    before = signal.getsignal(number)
+    before, folder = signal.getsignal(number), tmp_path / "a"
     where, flags = "collect", start + "--steps 500 --checkpoint-every 400"
     if not last:
         where, flags = "cold_start", "--task mod"
@@ -2191,12 +2179,6 @@ def test_a_character_of_several_tokens_is_printed_whole_and_a_broken_one_as_u_ff
 # ============================================================================
 
 
-def printed(capsys, main, *argv):
-    capsys.readouterr()
-    main(list(argv))
-    return capsys.readouterr().out
-
-
 def test_flops_reproduce_the_markers_of_figure_1(tmp_path):
     bench.main(["flops", "--out", str(tmp_path)])
     rows = common.read_csv(tmp_path / "flops.csv")
@@ -2307,9 +2289,11 @@ ALONE = {  # how some lines begin that a file prints when it is run alone
 
 
 @pytest.mark.parametrize("script", ALONE)
-def test_a_file_run_alone_explains_itself(script, capsys):
+def test_a_file_run_alone_explains_itself(script, capsys, monkeypatch):
+    monkeypatch.setattr(lightning_attn, "why_no_kernel", lambda *_: "interpreted it takes long")
     name, *argv = script.split()
-    lines = printed(capsys, sys.modules[name].main, *argv).splitlines()
+    sys.modules[name].main(argv)
+    lines = capsys.readouterr().out.splitlines()
     for beginning in ALONE[script]:
         assert any(" ".join(line.split()).startswith(beginning) for line in lines), beginning
 
@@ -2421,7 +2405,8 @@ train_rl | --moves 0 / --moves 40000 | FLAG must be a number from 1 to 1,000, fo
 train_rl | --seed -1 / --repetition-stop -1 / --filter-problems -1 | FLAG must be a number from 0
 train_rl | --softmax-every -1 / --overlong-buffer -1 / --eps-low -1 | FLAG must be a number from 0
 train_rl | --eps-high nan / --eps-high -0.5 / --clip-high -1 | FLAG must be a number from 0
-train_rl | --fork-prior 7 / --fork-prior -0.1 | FLAG must be a number from 0 to 1
+train_rl | --fork-prior 7 / --fork-prior -0.1 / --seed 9999999999999999999 | FLAG must be a number
+train_rl | --prompts 1000000000 / --min-moves 0 / --clip-low -1 | FLAG must be a number from
 train_rl | --eval-problems 0 / --eval-every 0 / --checkpoint-every 0 | FLAG must be a number from 1
 train_rl | --prompts 0 / --sft-steps 0 / --max-new-tokens 0 / --max-moves 0 | FLAG must be a number
 train_rl | --updates-per-rollout 0 / --updates-per-rollout 64 | FLAG must be a number from 1 to 32
@@ -2515,10 +2500,10 @@ def attend(slope=THREE, at=0, value=None, **how):
     return lambda: lightning_attention(*inputs[:3], slope, *inputs[3:], **how)
 
 
-def step(q=THREE, slope=THREE, state=None):
+def step(q=THREE, slope=THREE, state=None, **how):
     """lightning_step of one row of 3 heads, of width 1."""
     q, state = q.view(1, 3, 1), torch.zeros(1, 3, 1, 1) if state is None else state
-    return lambda: lightning_step(q, torch.ones(1, 3, 1), torch.ones(1, 3, 1), slope, state)
+    return lambda: lightning_step(q, *torch.ones(2, 1, 3, 1), slope, state, **how)
 
 
 def one(q=(2, 4, 8), k=(2, 9, 2, 8), last=2):
@@ -2527,16 +2512,16 @@ def one(q=(2, 4, 8), k=(2, 9, 2, 8), last=2):
     return lambda: softmax_attn.attend_step(torch.ones(q), k, k, last)
 
 
-TRACE, ONES = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
+TRACE = torch.zeros(1, 3, 1, 1)
 BAD_CALLS = {
     "share one floating dtype, found torch.int64": step(torch.ones(3, dtype=torch.int64)),
     "share one floating dtype, found torch.float64": step(THREE.double()),
     "is a view of the state": step(TRACE, state=TRACE),
-    "or slope is a view of the state": step(slope=ONES.view(3), state=ONES),
     "state must be a tensor, found 3": step(state=3),
+    "impl must be auto, torch or triton, found 'fast'": step(impl="fast"),
+    "q and k must be (B, H, K)": lambda: lightning_step(ONE, ONE, ONE, THREE, TRACE),
     "state must be torch.float32 of shape (1, 3, 1, 1)": step(state=torch.zeros(1, 3, 1, 2)),
     "slopes must be positive numbers, found [1.0, 0.0, 1.0]": step(slope=torch.tensor([1, 0.0, 1])),
-    "slopes must be positive numbers, found [nan": attend(slope=THREE * torch.nan),
     "slopes must be positive numbers, found [inf": attend(slope=THREE / 0),
     "slope must not require gradients": attend(slope=torch.ones(3, requires_grad=True)),
     "do not fit: found (2, 4, 8), (2, 9, 3, 8)": one(k=(2, 9, 3, 8)),
@@ -2553,7 +2538,6 @@ BAD_CALLS = {
     "exceeds the model's 9": new_tokens(small_model(max_position_embeddings=9), [1] * 8),
     "outside the model's vocabulary": new_tokens(small_model(), [272]),
     "of at least one token": new_tokens(small_model(), []),
-    "floating": attend(value=torch.ones(2, 3, 3, 8, dtype=torch.int64)),
     "(B, L, H, V)": attend(at=2, value=torch.ones(2, 4, 3, 5)),
     "choose from auto": attend(impl="fast"),
     "slope": attend(slope=torch.ones(4)),
