@@ -707,14 +707,15 @@ def uneven_experts(T, E, k, D, width, dtype):
 def test_kernels_of_a_step_give_the_loop_over_experts_and_round_no_more_than_three_products(
     T, E, k, D, width
 ):
-    for dtype in (torch.float32, HALF[0]):
+    for dtype, bound in ((torch.float32, 1e-5), (HALF[0], 0.02)):
         moe, x, weight, chosen, rows = uneven_experts(T, E, k, D, width, dtype)
-        out = experts.step_experts(x, weight, rows, moe.w1, moe.w3, moe.w2)
-        products = [moe.planned(x, weight, rows)] if D % 8 == width % 8 == 0 else []
+        found = [experts.step_experts(x, weight, rows, moe.w1, moe.w3, moe.w2)]
+        if dtype == HALF[0] and D % 8 == width % 8 == 0:  # what F.grouped_mm takes on a GPU
+            found.append(moe.planned(x, weight, rows))
         right = moe.double().loop(x.double(), weight.double(), chosen)
-        error, *others = (relative_error(y, right) for y in (out, *products))
-        assert out.dtype == dtype and error < (1e-5 if dtype == torch.float32 else 0.02)
-        assert dtype == torch.float32 or all(error < 1.1 * other for other in others)
+        error, *others = (relative_error(y, right) for y in found)
+        assert found[0].dtype == dtype and error < bound
+        assert all(error < 1.1 * other for other in others)
 
 
 def test_the_router_loss_is_k_when_balanced_e_when_collapsed_and_padding_enters_none_of_it():
