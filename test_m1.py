@@ -1168,12 +1168,12 @@ def test_a_response_depends_neither_on_those_beside_it_nor_on_waiting_nor_on_gra
     assert torch.equal(alone.tokens, right.tokens[:4, :n]) and alone.ended == right.ended[:4]
     reader, drawer = engine._read_prompts, engine.draw
     monkeypatch.setattr(engine.Graphs, "_of", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(engine.Graphs, "LOOK", 5)
     monkeypatch.setattr(engine, "_read_prompts", lambda *x: read.extend(x[1]) or reader(*x))
     monkeypatch.setattr(engine, "draw", lambda x, *y: sizes.append(len(x)) or drawer(x, *y))
     rows = {9: 8, 3: 4, 100: 28, None: 28}  # whole groups of four
-    for graphs, max_rows in itertools.product((False, True, True), rows):
-        monkeypatch.setattr(engine, "takes_graphs", lambda *_, graphs=graphs: graphs)
+    for look, max_rows in itertools.product((0, 5, 16), rows):  # steps of graphs in a row
+        monkeypatch.setattr(engine.Graphs, "LOOK", look)
+        monkeypatch.setattr(engine, "takes_graphs", lambda *_, look=look: look)
         read.clear(), sizes.clear()
         found = engine.generate(model, prompts, max_rows=max_rows, **kw)
         assert read == prompts and max(sizes) == rows[max_rows]  # each prompt is read once
