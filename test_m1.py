@@ -2350,6 +2350,7 @@ rope is one rope_theta, without scaling | {"rope_scaling": {"factor": 2}}
 BAD_FILES = [  # what the one line says; a file; its content, None or (old, new)
     ("config.json does not exist", "config.json", None),
     ("is not JSON", "config.json", "{"),
+    ("is not JSON: maximum recursion depth", "config.json", "[" * 10**5),
     ("is not JSON: Exceeds the limit", "config.json", ("97", "9" * 5000)),
     ("is not UTF-8 text", "config.json", b"\xff\xfe\x00"),
     ("must hold a JSON object, found []", "config.json", "[]"),
