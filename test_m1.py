@@ -1,4 +1,4 @@
-"""Proof. Run with: python -m pytest -q        (about three minutes on two CPU cores)
+"""Proof. Run with: python -m pytest -q        (about two and a half minutes on two CPU cores)
 
 1. The released code's numbers      5. The objective
 2. Lightning attention              6. Tasks, sampling, training
@@ -145,11 +145,6 @@ def reference(device):
     return load_pretrained(HERE / "parity", device)
 
 
-@pytest.fixture
-def parity_model():
-    return load_pretrained(HERE / "parity")
-
-
 @pytest.mark.parametrize("form", ["loop", "grouped", "grouped_mm", "dense"])
 def test_logits_are_those_of_the_released_code(released, reference, form, device):
     if device == "cuda" and form == "grouped_mm":
@@ -198,16 +193,14 @@ def test_loss_and_gradient_norms_are_those_of_the_released_code(released, refere
 
 
 def test_the_456_b_preset_has_exactly_the_published_parameters():
-    n, expected = count_parameters(M1Config.preset("m1")), (456_089_655_296, 45_944_920_064)
+    config = M1Config.preset("m1")
+    n, expected = count_parameters(config), (456_089_655_296, 45_944_920_064)
     assert (n["total"], n["active"]) == expected and n["active_with_head"] == 47_174_113_280
     with torch.device("meta"):
-        assert len(published_tensors(MiniMaxM1(M1Config.preset("m1")))) == 8243
-
-
-@pytest.mark.parametrize("depth, alpha", [(3, 6**0.25), (80, 3.5565588200778455)])
-def test_every_alpha_is_the_fourth_root_of_twice_the_depth_by_default(depth, alpha):
-    config, parts = M1Config(num_hidden_layers=depth), ("full_attention", "linear_attention", "mlp")
-    assert [getattr(config, f"layernorm_{x}_alpha") for x in parts] == pytest.approx([alpha] * 3)
+        assert len(published_tensors(MiniMaxM1(config))) == 8243
+    for part in ("full_attention", "linear_attention", "mlp"):  # the fourth root of twice 80 layers
+        alpha = getattr(config, f"layernorm_{part}_alpha")
+        assert alpha == pytest.approx(3.5565588200778455)
 
 
 # ============================================================================
@@ -296,24 +289,21 @@ def test_slopes_are_the_released_geometric_ones_also_for_odd_head_counts():
 
 
 @pytest.mark.parametrize("slopes", SLOPES)
-@pytest.mark.parametrize("L", [1, 2, 63, 64, 65, 130])
+@pytest.mark.parametrize("L", [1, 63, 64, 65, 130])
 def test_all_forms_agree_with_the_recurrent_definition_in_outputs_states_and_gradients(L, slopes):
     for impl, dtype in itertools.product(FORMS, BOUNDS):
         error = attention_error(impl, (2, L, 3, 8, 5), dtype, slope=SLOPES[slopes])
         assert error < BOUNDS[dtype], (impl, dtype)
-
-
-@pytest.mark.parametrize("impl", FORMS)
-def test_packed_sequences_get_what_each_gets_alone(impl):
-    bounds = [0, 7, 7, 19, 20]  # one of the four is empty
-    assert attention_error(impl, (1, 20, 3, 8, 5), torch.float64, bounds=bounds) < 1e-12
+        bounds = [0, L // 2, L // 2, L]  # packed; one of the three is empty
+        error = attention_error(impl, (1, L, 3, 8, 5), dtype, slope=SLOPES[slopes], bounds=bounds)
+        assert error < BOUNDS[dtype], (impl, dtype, "packed")
 
 
 def test_64k_tokens_stay_exact_in_fp32():
-    """Rounding lam itself to fp32 would cost 2e-4 on the slow heads here."""
+    """Rounding lam itself to fp32 would cost 2e-4 on the slow heads here, but not in fp64."""
     slope = torch.cat([decay_slopes(2, 0, 8), decay_slopes(64, 78, 80)[-2:]]).to(DEVICE)
     *qkv, state = attention_inputs(65_536, B=1, H=4, K=4, V=4)
-    right = lightning_attention(*qkv, slope, state, impl="recurrent")
+    right = lightning_attention(*qkv, slope, state, impl="chunk")
     *qkv, state = (x.float() for x in (*qkv, state))
     for impl in ("recurrent", "chunk"):
         assert head_error(lightning_attention(*qkv, slope, state, impl=impl), right) < 2e-5, impl
@@ -341,18 +331,18 @@ def test_the_step_is_the_recurrence_and_works_in_place(impl, L, K, V, bound):
 
 HALF = [torch.bfloat16, torch.float16][DEVICE == "cpu" :]  # Triton 3.9 interprets bf16 wrong
 PACKED = [0, 70, 70, 71, 230, 300]  # one sequence is empty, one a single token
-KERNEL_CASES, sizes = {}, [(16, 16), (32, 64), (48, 80), (128, 32)]
-for L, some in zip((0, 1, 63, 64, 65, 150), (*zip(sizes), sizes[::2], sizes)):
-    for K, V in some:
-        KERNEL_CASES[f"{L} tokens, {K} x {V}"] = (2, L, 3, K, V), dict(first=L < 150)
-for n in (1, 2, 3):
+KERNEL_CASES = {}
+for L, K, V in [(0, 16, 16), (1, 32, 64), (63, 48, 80), (64, 128, 32), (65, 48, 80), (150, 16, 16)]:
+    KERNEL_CASES[f"{L} tokens, {K} x {V}"] = (2, L, 3, K, V), dict(first=L < 150)
+for n in (1, 3):
     KERNEL_CASES[f"packed, {n} segments"] = (1, 300, 2, 32, 48), dict(bounds=PACKED, n_segments=n)
-    KERNEL_CASES[f"batch, {n} segments"] = (2, 330, 2, 16, 16), dict(n_segments=n)
-for name in SLOPES:
+KERNEL_CASES["batch, 2 segments"] = (2, 330, 2, 16, 16), dict(n_segments=2)
+for name in ("steep", "slow"):
     KERNEL_CASES[f"{name} heads"] = (1, 200, 3, 16, 32), dict(slope=SLOPES[name])
-for flat, name in itertools.product((True, False), [*VIEWS, *HALF]):
+for name in (*VIEWS, *HALF):
     choice = dict(view=name) if name in VIEWS else dict(dtype=name)
-    KERNEL_CASES[f"{name}, flat {flat}"] = (2, 150, 2, 32, 64), dict(flat=flat) | choice
+    for flat in (True, False) if name in ("whole", "fused", *HALF) else (True,):  # read in place
+        KERNEL_CASES[f"{name}, flat {flat}"] = (2, 150, 2, 32, 64), dict(flat=flat) | choice
 
 
 @pytest.mark.parametrize("case", KERNEL_CASES)
@@ -360,15 +350,6 @@ def test_the_kernel_has_the_outputs_states_and_gradients_of_the_definition(case)
     shape, choice = KERNEL_CASES[case]
     bound = BOUNDS[choice.get("dtype", torch.float32)]
     assert attention_error("triton", shape, **choice) < bound
-
-
-def test_few_sequences_are_cut_and_many_are_not():
-    def n_segments(B, L):
-        return lightning_attn._plan(B, [[torch.empty(B, L, 2, 16)] * 3])[2]
-
-    n_processors = lightning_attn._gpu(torch.device("cpu"))[0]
-    assert (n_segments(1, 256), n_segments(1, 255), n_segments(n_processors, 4096)) == (1, 1, 1)
-    assert n_segments(1, 4096) == n_processors // 2
 
 
 def test_a_sequence_full_of_nan_does_not_touch_its_neighbours():
@@ -395,23 +376,16 @@ def test_runs_are_equal_to_the_last_bit_and_torch_compile_takes_them_in_one_grap
 
 def test_what_the_kernel_cannot_do_is_said_before_it_starts(monkeypatch):
     slope, q = decay_slopes(2, 0, 8, DEVICE), torch.randn(1, 5, 2, 16, device=DEVICE)
-    one, state = q[:, 0], torch.zeros(1, 2, 16, 16, device=DEVICE)
 
-    def refused(message, *inputs, function=lightning_attention, impl="triton", **kw):
-        with pytest.raises(ValueError, match=message):
-            function(*inputs or (q, q, q, slope), impl=impl, **kw)
+    def refused(message, q=q, **kw):
+        says(message, lightning_attention, q, q, q, slope, impl="triton", **kw)
 
-    wide = torch.randn(1, 5, 2, 24, device=DEVICE)
-    refused("multiples of 16 from 16 to 128, found K = 24, V = 24", wide, wide, wide, slope)
-    refused("bf16, fp16 or fp32, found torch.float64", *[q.double()] * 3, slope)
+    refused("multiples of 16 from 16 to 128, found K = 24, V = 24", q.repeat(1, 1, 1, 2)[..., :24])
+    refused("bf16, fp16 or fp32, found torch.float64", q.double())
     refused("must rise from 0 to L = 5", cu_seqlens=torch.tensor([0, 6]))
     refused("N \\+ 1", cu_seqlens=torch.tensor([0.0, 5.0]))
-    step = dict(function=lightning_step, impl="auto")
-    refused("q and k must be", one, one[:, :1], one, slope, state, **step)
-    refused("slope must be", one, one, one, slope[:1], state, **step)
-    refused("auto, torch or triton", one, one, one, slope, state, **step | dict(impl="cuda"))
     if DEVICE == "cpu":
-        refused("interpreter multiplies bf16 wrongly", *[q.bfloat16()] * 3, slope)
+        refused("interpreter multiplies bf16 wrongly", q.bfloat16())
         with monkeypatch.context() as patch:  # as if TRITON_INTERPRET had not been set
             compiled = lightning_attn.triton.JITFunction(lightning_attn._scan_kernel.fn)
             patch.setattr(lightning_attn, "_scan_kernel", compiled)
@@ -528,21 +502,21 @@ def attended(q, k, v, last):
     return torch.stack(rows)
 
 
-QUERIES = [
-    (1, 1, 6, 2, 16),
-    (3, 5, 2, 2, 8),
-    (2, 63, 6, 1, 24),
-    (1, 64, 17, 1, 40),
-]  # B, S, H, J, K
-QUERIES += [(1, 200, 8, 1, 128), (3, 131, 2, 1, 64), (1, 40, 4, 2, 256)]
+QUERIES = [(1, 1, 6, 2, 16), (3, 5, 2, 2, 8), (1, 64, 17, 1, 40)]  # B, S, H, J, K
+QUERIES += [(3, 131, 2, 1, 64), (1, 40, 4, 2, 256)]
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("shape", QUERIES)
 def test_one_query_by_the_kernel_sees_its_rows_keys_and_nothing_behind_them(shape, splits):
-    x = one_query(*shape, fill=math.nan)
     kernel = functools.partial(softmax_attn._launch, splits=splits, least=16, BN=16)
-    assert relative_error(kernel(*x), attended(*x)) < 2e-6
+    q, k, v, last = x = one_query(*shape, fill=math.nan)
+    o = kernel(*x)
+    assert relative_error(o, attended(*x)) < 2e-6
+    strange = k.mT.contiguous().mT, v.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(kernel(q.mT.contiguous().mT, *strange, last), o)
+    last[0] = 10**6  # counts as the last key there is
+    assert torch.equal(kernel(*x), o)
     x = one_query(*shape)
     assert relative_error(softmax_attn.attend_step_torch(*x), attended(*x)) < 2e-6
     x = one_query(*shape, dtype=HALF[0])
@@ -550,16 +524,11 @@ def test_one_query_by_the_kernel_sees_its_rows_keys_and_nothing_behind_them(shap
     assert relative_error(kernel(*x), attended(*x)) <= 1.5 * rounded
 
 
-def test_one_query_takes_any_layout_of_a_cache_and_a_last_key_beyond_it_is_its_end():
-    q, k, v, last = one_query(2, 40, 4, 2, 16)
-    right = softmax_attn._launch(q, k, v, last)
-    strange = k.mT.contiguous().mT, v.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(softmax_attn._launch(q.mT.contiguous().mT, *strange, last), right)
-    last[0] = 10**6
-    assert torch.equal(softmax_attn._launch(q, k, v, last), right)
-
-
-def test_the_keys_of_few_rows_are_shared_out_and_short_ones_are_one_launch():
+def test_few_sequences_and_the_keys_of_few_rows_are_shared_out_and_short_ones_are_not():
+    n = lightning_attn._gpu(torch.device("cpu"))[0]  # processors
+    sizes = {(1, 256): 1, (1, 255): 1, (n, 4096): 1, (1, 4096): n // 2}  # of two heads each
+    for (B, L), n_segments in sizes.items():
+        assert lightning_attn._plan(B, *(torch.empty(B, L, 2, 16),) * 3)[3] == n_segments
     sizes = [(1, 2, 256), (1, 2, 2**20), (1, 8, 1088), (64, 8, 1088), (1024, 2, 256)]
     assert [softmax_attn._n_splits(*size) for size in sizes] == [1, 132, 8, 1, 1]
 
@@ -613,33 +582,19 @@ def test_rows_of_a_cache_continue_with_different_numbers_of_tokens_and_can_be_gi
         model(torch.zeros(3, 60, dtype=torch.int64), cache=cache)
 
 
-def test_expert_forms_agree_in_outputs_and_gradients():
-    moe, x = small_model().layers[0].block_sparse_moe, torch.randn(2, 9, 24, dtype=torch.float64)
-    weights, results = [moe.w1, moe.w2, moe.w3, moe.gate.weight], []
-    for moe.form in ("loop", "grouped", "dense"):
-        out, _ = moe(x)
-        results.append([out, *torch.autograd.grad(out.sin().sum(), weights)])
-    for first, *others in zip(*results):
-        assert all(relative_error(x, first) < 1e-12 for x in others)
-
-
-def test_grouped_products_have_the_outputs_and_gradients_of_the_loop_also_for_idle_experts():
-    moe, x = small_model(dtype=torch.float32).layers[0].block_sparse_moe, torch.randn(1, 9, 24)
-    with torch.no_grad():
-        moe.gate.weight[2] = 0  # the third expert is chosen by tokens whose other logits are < 0
-        moe.gate.weight[3] = moe.gate.weight[0] - 10 * x[0, 0]
+@pytest.mark.parametrize("idle", [False, True])
+def test_expert_forms_agree_in_outputs_and_gradients(idle):
+    moe, x = small_model(dtype=torch.float32).layers[0].block_sparse_moe, torch.randn(2, 9, 24)
+    if idle:  # all choose the first two experts of four
+        moe.gate.weight.data.zero_()[:2], x = 1, x.abs()
     results = []
-    for moe.form in ("loop", "grouped_mm"):
+    for moe.form in ("loop", "grouped", "grouped_mm", "dense"):
         inputs = [x.clone().requires_grad_(), moe.w1, moe.w2, moe.w3, moe.gate.weight]
         out, routing = moe(inputs[0])
         results.append([out, *torch.autograd.grad(out.sin().sum(), inputs)])
-    assert all(relative_error(x, first) < 1e-5 for first, x in zip(*results))
-    moe.gate.weight.data.zero_()[:2] = 1  # experts 2 and 3 idle
-    for moe.form in ("loop", "grouped_mm"):
-        out, routing = moe(x.abs())
-        results.append([out, *torch.autograd.grad(out.sin().sum(), [moe.w1, moe.w2, moe.w3])])
-    assert routing.load.tolist() == [1, 1, 0, 0] and not results[3][1][2:].any()
-    assert all(relative_error(x, first) < 1e-5 for first, x in zip(*results[2:]))
+        assert (routing.load.tolist() == [1, 1, 0, 0]) == idle
+    for first, *others in zip(*results):
+        assert all(relative_error(x, first) < 1e-5 for x in others)
 
 
 def small_parts(D, dtype, rows=7):
@@ -647,9 +602,11 @@ def small_parts(D, dtype, rows=7):
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(D))
     x, y, gate = draw(3, rows, 2 * D).to(DEVICE, dtype).unbind()
     x, y, gate, weight = x[:, :D], y[:, ::2], gate[:, :D].contiguous(), draw(D).to(DEVICE)
+    angle, heads = draw(rows, 5, 1, D // 2).to(DEVICE), draw(rows, 5, 3, 2 * D).to(DEVICE, dtype)
+    rope = functools.partial(layers.rope, cos=angle.cos(), sin=angle.sin())
     calls = [(layers.rms_norm, x, weight, 1e-5), (layers.rms_norm, y, weight.to(dtype), 1e-6, gate)]
     calls += [(layers.swiglu, gate, x), (layers.residual, y, gate, 3.5, 0.7)]
-    return [*calls, (layers.residual, x, y, 2.0, 1.0)]
+    return [*calls, (layers.residual, x, y, 2.0, 1.0), (rope, heads[..., :D])]
 
 
 def with_gradients(function, *inputs):
@@ -658,14 +615,14 @@ def with_gradients(function, *inputs):
     out, tensors = function(*inputs), [i for i in inputs if torch.is_tensor(i)]
     with torch.no_grad():
         assert torch.equal(function(*inputs), out)
-    noise = torch.randn(out.T.shape, generator=torch.Generator().manual_seed(0)).to(out)
-    gradients = torch.autograd.grad(out, tensors, noise.T)  # with gaps, too
+    noise = torch.randn(out.mT.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    gradients = torch.autograd.grad(out, tensors, noise.mT)  # with gaps, too
     assert [dx.dtype for dx in gradients] == [x.dtype for x in tensors]
     return [out.detach(), *gradients]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF[0]])
-@pytest.mark.parametrize("D", [3, 24, 77, 1500])
+@pytest.mark.parametrize("D", [3, 24, 1501])
 def test_small_parts_as_kernels_and_their_gradients_are_as_close_to_fp64_as_pytorch(
     D, dtype, monkeypatch
 ):
@@ -680,45 +637,17 @@ def test_small_parts_as_kernels_and_their_gradients_are_as_close_to_fp64_as_pyto
         assert relative_error(kernel, truth) <= max(most, 1e-6)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_model_learns_alike_with_small_parts_as_kernels_whatever_it_computes_again(
-    recompute, monkeypatch
-):
-    model, results = small_model(dtype=torch.float32).to(DEVICE), []
-    tokens = torch.randint(64, (2, 4), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    for fast, model.recompute in ((False, False), (True, recompute)):
-        monkeypatch.setattr(layers, "_fast", lambda x, fast=fast: fast)
-        with torch.autocast(DEVICE, torch.bfloat16):  # which a model keeps out
-            logp = model.logp(tokens, tokens.flip(1))
-        results.append([logp, *torch.autograd.grad(logp.sum(), list(model.parameters()))])
-    assert all(relative_error(kernel, plain) < 1e-4 for plain, kernel in zip(*results))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, HALF[0]])
-@pytest.mark.parametrize("K, R", [(8, 8), (20, 6)])
-def test_rotations_as_a_kernel_and_their_gradients_are_those_of_pytorch(K, R, dtype, monkeypatch):
-    x, dy = torch.randn(2, 2, 5, 3, 2 * K).to(DEVICE, dtype)[..., :K]
-    angle, results = torch.randn(2, 5, 1, R // 2, device=DEVICE), []
-    for fast in (False, True):
-        monkeypatch.setattr(layers, "_fast", lambda x, fast=fast: fast)
-        x = x.detach().requires_grad_()
-        out = layers.rope(x, angle.cos(), angle.sin())
-        results.append([out, *torch.autograd.grad(out, x, dy)])
-    for plain, kernel in zip(*results):
-        assert plain.dtype == kernel.dtype and relative_error(kernel, plain) < 1e-6
-
-
 def test_small_parts_are_kernels_on_a_gpu_but_for_fp64_and_launch_none_for_no_rows(monkeypatch):
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         x = types.SimpleNamespace(is_cuda=True, dtype=dtype)
         assert layers._fast(x) == (dtype != torch.float64 and layers.triton is not None)
     assert not layers._fast(torch.ones(1))
     monkeypatch.setattr(layers, "_fast", lambda x: True)
-    for name in ("norm", "norm_backward", "pairs", "swiglu_backward"):
+    for name in ("norm", "norm_backward", "pairs", "swiglu_backward", "rope"):
         monkeypatch.setattr(layers, f"_{name}_kernel", None)
     for function, x, *others in small_parts(8, torch.float32, rows=0):
         out, dx, *_ = with_gradients(function, x, *others)
-        assert out.shape == dx.shape == (0, 8)
+        assert out.shape == dx.shape and not out.numel()
 
 
 @NEEDS_GPU
@@ -738,7 +667,7 @@ def test_small_parts_are_right_beyond_two_to_the_31_numbers():
         assert all(relative_error(big, alone) < 3e-3 for big, alone in zip(*results))
 
 
-@pytest.mark.parametrize("T, E, k", [(1, 8, 2), (5, 6, 2), (33, 32, 2), (64, 4, 1), (7, 5, 5)])
+@pytest.mark.parametrize("T, E, k", [(1, 8, 2), (33, 32, 2), (64, 4, 1), (7, 5, 5)])
 def test_counting_rows_of_experts_gives_what_sorting_gives(T, E, k):
     x, gate = torch.randn(T, 24, device=DEVICE), torch.randn(E, 24, device=DEVICE)
     probs, chosen = (x @ gate.T).softmax(-1).topk(k)
@@ -772,38 +701,32 @@ def uneven_experts(T, E, k, D, width, dtype):
     return moe, x, weight, chosen, experts.plan(chosen, E)
 
 
-def step_experts(moe, x, weight, rows):
-    return experts.step_experts(x, weight, rows, moe.w1, moe.w3, moe.w2)
-
-
 @pytest.mark.parametrize(
     "T, E, k, D, width",
-    [(1, 8, 2, 24, 300), (3, 5, 4, 67, 150), (40, 8, 2, 70, 33), (150, 2, 1, 24, 70)],
+    [(1, 8, 2, 72, 304), (3, 5, 4, 67, 150), (40, 8, 2, 72, 136), (150, 2, 1, 24, 70)],
 )
-def test_kernels_of_a_step_give_what_the_loop_over_experts_gives(T, E, k, D, width):
-    moe, x, weight, chosen, rows = uneven_experts(T, E, k, D, width, torch.float32)
-    out = step_experts(moe, x, weight, rows)
-    assert relative_error(out, moe.loop(x, weight, chosen)) < 1e-5
-
-
-@pytest.mark.parametrize("T", [1, 40])
-def test_kernels_of_a_step_round_no_more_than_three_products(T):
-    moe, x, weight, chosen, rows = uneven_experts(T, 8, 2, 72, 136, HALF[0])
-    out = [step_experts(moe, x, weight, rows), moe.planned(x, weight, rows)]
-    right = moe.double().loop(x.double(), weight.double(), chosen)
-    kernels, products = (relative_error(y, right) for y in out)
-    assert out[0].dtype == HALF[0] and kernels < 1.1 * products < 0.02
+def test_kernels_of_a_step_give_the_loop_over_experts_and_round_no_more_than_three_products(
+    T, E, k, D, width
+):
+    for dtype, bound in ((torch.float32, 1e-5), (HALF[0], 0.02)):
+        moe, x, weight, chosen, rows = uneven_experts(T, E, k, D, width, dtype)
+        found = [experts.step_experts(x, weight, rows, moe.w1, moe.w3, moe.w2)]
+        if dtype == HALF[0] and D % 8 == width % 8 == 0:  # what F.grouped_mm takes on a GPU
+            found.append(moe.planned(x, weight, rows))
+        right = moe.double().loop(x.double(), weight.double(), chosen)
+        error, *others = (relative_error(y, right) for y in found)
+        assert found[0].dtype == dtype and error < bound
+        assert all(error < 1.1 * other for other in others)
 
 
 def test_the_router_loss_is_k_when_balanced_e_when_collapsed_and_padding_enters_none_of_it():
     moe, mask = small_model().layers[0].block_sparse_moe, torch.tensor([[False] * 8, [True] * 8])
     even = torch.full((8, 4), 1 / 4), torch.tensor([[0, 1], [2, 3]] * 4)
     skewed = torch.tensor([[0.5, 0.5, 0, 0]] * 8), torch.tensor([[0, 1]] * 8)
-    balanced, collapsed = moe.routing(*even, None), moe.routing(*skewed, None)
-    assert (float(balanced.loss), float(collapsed.loss)) == pytest.approx((2, 4))
-    assert balanced.load.tolist() == [0.5] * 4 and balanced.prob.tolist() == [0.25] * 4
-    padded = moe.routing(*(torch.cat(x) for x in zip(skewed, even)), mask)
-    assert all(map(torch.equal, padded, balanced))
+    assert float(moe.routing(*skewed, None).loss) == pytest.approx(4)
+    loss, load, prob = moe.routing(*(torch.cat(x) for x in zip(skewed, even)), mask)
+    assert float(loss) == pytest.approx(2)
+    assert load.tolist() == [0.5] * 4 and prob.tolist() == [0.25] * 4
 
 
 @pytest.mark.parametrize("capacity", [1.0, 1.25])  # of 8 real choices, 2 and 2.5 to each of 4
@@ -814,16 +737,11 @@ def test_an_expert_beyond_its_capacity_drops_the_last_real_choices_of_the_batch(
     real = torch.tensor([[True, False, True, True, True]])
     kept = moe.within_capacity(chosen, real)[real[0]]
     assert kept.tolist() == [[True, True], [True, True], [False, True], [False, False]]
-
-
-def test_a_dropped_choice_adds_nothing_and_a_pass_with_a_cache_drops_none():
     moe = small_model(num_experts_per_tok=1).layers[0].block_sparse_moe
     x, moe.capacity = torch.randn(1, 8, 24, dtype=torch.float64), 0.5  # one token to an expert
-    (out, routing), (whole, _) = moe(x), moe(x, with_routing=False)
+    (out, _), (whole, _) = moe(x), moe(x, with_routing=False)  # which drops none
     kept = (out == whole).all(-1)
-    assert 0 < kept.sum() <= 4 and not out[~kept].any()
-    moe.capacity = None
-    assert torch.equal(moe(x)[0], whole) and torch.equal(moe(x)[1].load, routing.load)
+    assert 0 < kept.sum() <= 4 and not out[~kept].any()  # what is dropped adds nothing
 
 
 def test_the_models_router_loss_is_the_mean_over_layers_of_each_layers_own():
@@ -889,32 +807,27 @@ def test_logits_and_router_stay_fp32_in_a_bf16_model(tmp_path):
 @pytest.mark.parametrize("wide", ["norm", "embed", "experts.0", "shared"])
 def test_mixed_stored_dtypes_run_and_autocast_changes_nothing(wide, tmp_path):
     """bf16 weights, those named `wide` fp32: products have the dtype that the embedding sets."""
-    exact = small_model(dtype=torch.float32, shared_intermediate_size=8)
-    save_pretrained(exact, tmp_path / "a")
-    file = next((tmp_path / "a").glob("*.safetensors"))
-    tensors = {k: x if wide in k else x.bfloat16() for k, x in safetensors.load_file(file).items()}
-    safetensors.save_file(tensors, file)
-    (tmp_path / "a/model.safetensors.index.json").unlink()  # it has the checksum of other bytes
-    file.rename(tmp_path / "a/model.safetensors")
-    model, ids = load_pretrained(tmp_path / "a"), torch.randint(272, (2, 9))
-    dtypes = {p.dtype for p in model.parameters()}
-    assert dtypes == {torch.float32, torch.bfloat16} and model(ids).dtype == torch.float32
-    assert relative_error(model(ids), exact(ids)) < 0.03
-    r = engine.generate(model, ids.tolist(), max_new_tokens=4, eos_id=0, seed=0)
+    exact, file = small_model(shared_intermediate_size=8), tmp_path / "model.safetensors"
+    exact = exact.float()
+    exact.config.to_json(tmp_path / "config.json")
+    stored = {k: x.detach().bfloat16() for k, x in published_tensors(exact).items()}
+    stored |= {k: x.float() for k, x in stored.items() if wide in k}
+    safetensors.save_file({k: x.contiguous() for k, x in stored.items()}, file)
+    model, ids = load_pretrained(tmp_path), torch.randint(272, (2, 9))
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
+    logits, right = model(ids), exact(ids)
+    assert logits.dtype == torch.float32 and relative_error(logits, right) < 0.03
     with torch.autocast("cpu", torch.bfloat16):
-        again = engine.generate(model, ids.tolist(), max_new_tokens=4, eos_id=0, seed=0)
-        inside = exact(ids)
-    assert torch.equal(again.logp, r.logp) and torch.equal(inside, exact(ids))
+        assert torch.equal(model(ids), logits) and torch.equal(exact(ids), right)
 
 
 def test_masks_are_made_in_blocks_and_not_at_all_for_a_first_prompt_without_padding():
     q, k, v = (torch.randn(2, 9, heads, 8, dtype=torch.float64) for heads in (6, 2, 2))
     last = torch.arange(9).expand(2, 9)
-    seen = torch.minimum(torch.tensor([[0], [4]]), last), last
-    attend = softmax_attn.attend
-    assert worst(attend(q, k, v, seen, most=18 * 4), attend(q, k, v, seen)) < 1e-15
-    causal = attend(q[:1], k[:1], v[:1])
-    assert worst(attend(q, k, v, seen)[:1], causal) < 1e-15
+    seen, attend = (torch.tensor([[0], [4]]).minimum(last), last), softmax_attn.attend
+    whole = attend(q, k, v, seen)
+    assert worst(attend(q, k, v, seen, most=18 * 4), whole) < 1e-15
+    assert worst(attend(q[:1], k[:1], v[:1]), whole[:1]) < 1e-15  # causal, without a mask
     model, ids = small_model(), torch.randint(272, (2, 5))
     cache = model.new_cache(2, 20)
     for tokens, masked in ((ids, False), (ids, True), (ids[:, :1], True)):
@@ -922,30 +835,26 @@ def test_masks_are_made_in_blocks_and_not_at_all_for_a_first_prompt_without_padd
         model(tokens, cache=cache)
 
 
-def test_some_layers_of_a_model_can_be_loaded_and_are_those_of_the_whole(tmp_path, parity_model):
-    part = load_pretrained(HERE / "parity", layers=range(2, 4))
-    assert part.which == [2, 3] and len(part.layers) == 2
-    wanted = dict(parity_model.named_parameters())
+def test_some_layers_of_a_model_can_be_loaded_and_are_those_of_the_whole(tmp_path):
+    whole, part = (load_pretrained(HERE / "parity", layers=x) for x in (None, range(2, 4)))
+    wanted = dict(whole.named_parameters())
     for name, p in part.named_parameters():
         own = re.sub(r"^layers\.(\d)", lambda i: f"layers.{int(i[1]) + 2}", name)
         assert torch.equal(p, wanted[own])
-    assert part.layers[0].self_attn.place == parity_model.layers[2].self_attn.place
     x, ids = torch.randn(1, 5, 48), torch.randint(90, (1, 5))
-    whole, at = parity_model, parity_model._layout(ids, None, None, None)
-    for mine, its in zip(part.layers, whole.layers[2:]):
+    at = whole._layout(ids, None, None, None)
+    for mine, its in zip(part.layers, whole.layers[2:], strict=True):
         assert torch.equal(mine(x, at)[0], its(x, at)[0])
-    cache = part.new_cache(1, 9)
-    assert [isinstance(layer, tuple) for layer in cache.layers] == [False, True]
-    assert worst(part(ids, cache=cache), part(ids)) < 1e-4
+    assert worst(part(ids, cache=part.new_cache(1, 9)), part(ids)) < 1e-4
     says("cannot be saved as a whole one", save_pretrained, part, tmp_path / "a")
     for wrong in ([4], [0, 0], [], ["0"], [-1]):
         says("different numbers from 0 to 3", load_pretrained, HERE / "parity", layers=wrong)
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_saving_and_loading_gives_the_same_logits_and_the_same_bytes(tmp_path, parity_model, ours):
+def test_saving_and_loading_gives_the_same_logits_and_the_same_bytes(tmp_path, ours):
     own = small_model(dtype=torch.float32, shared_intermediate_size=8)
-    model = own if ours else parity_model
+    model = own if ours else load_pretrained(HERE / "parity")
     save_pretrained(model, tmp_path / "a", max_shard_bytes=40_000)
     again, ids = load_pretrained(tmp_path / "a"), torch.randint(90, (1, 11))
     save_pretrained(again, tmp_path / "b", max_shard_bytes=40_000)
@@ -1080,16 +989,12 @@ def test_statistics_are_those_of_the_trained_tokens():
         assert all(map(math.isfinite, stats.values())) and stats["ratio_max"] > 1e38
 
 
-def test_overlong_penalty_falls_from_0_to_minus_1_over_the_buffer():
+def test_the_overlong_penalty_falls_to_minus_1_and_prob_correlation_is_pearsons_r():
     penalty = cispo.overlong_penalty(torch.tensor([1, 80, 85, 90, 100, 130]), 100, 20)
     assert penalty.tolist() == pytest.approx([0, 0, -0.25, -0.5, -1, -1])
-
-
-def test_prob_correlation_is_pearsons_r_of_probabilities():
     (a, b), mask = torch.rand(2, 4, 5, dtype=torch.float64), torch.rand(4, 5) < 0.8
     expected = np.corrcoef(a[mask].numpy(), b[mask].numpy())[0, 1]
     assert cispo.prob_correlation(a.log(), b.log(), mask) == pytest.approx(expected)
-    assert cispo.prob_correlation(a.log(), a.log(), mask) == pytest.approx(1)
 
 
 # ============================================================================
@@ -1113,7 +1018,7 @@ def test_chains_are_those_worked_out_by_hand_and_a_prompt_tells_its_problem(name
     assert [len(problem.chain) for problem in drawn] == moves
     assert {*"".join(problem.prompt for problem in drawn)} == {*letters}
     foreign = ["", "=", prompt[0] + "=", prompt[1:], prompt[:-1], "0" + prompt[1:], " " + prompt]
-    foreign += [prompt + "\n", prompt + "=", "9" + prompt]
+    foreign += [prompt + "\n", prompt + "=", "9" + prompt, prompt[0] + "9" + prompt[1:]]
     foreign += [other for other, *_ in CHAINS.values() if other != prompt]
     assert not any(task.solve(text) for text in foreign)
     assert tasks.Mix(f"far, {name}").solve(prompt).chain == chain
@@ -1138,14 +1043,14 @@ def test_verifiers_pay_right_answers_little_for_form_and_nothing_for_nonsense(ta
                 tasks.score(problem, closed)
 
 
-@pytest.mark.parametrize("name", ["recall", "far"])
-def test_recall_asks_for_what_stands_behind_one_of_its_keys(name):
+@pytest.mark.parametrize("name, gap", [("recall", 0), ("far", 32)])
+def test_recall_asks_for_what_stands_behind_one_of_its_keys(name, gap):
     problem = tasks.draw(random.Random(1), 1, [name], 12)[0]
     pairs, question = problem.prompt.rstrip("=").split("?")
     given, chain = ([text[i : i + 2] for i in range(0, 24, 2)] for text in (pairs, problem.chain))
-    assert problem.answer in given and problem.answer[0] == question
-    assert len({pair[0] for pair in given}) == 12 and sorted(chain) == sorted(given) != chain
-    assert pairs[24:] == "-" * (32 if name == "far" else 0)
+    assert problem.answer in given and problem.answer[0] == question and pairs[24:] == "-" * gap
+    assert len({pair[0] for pair in given}) == 12 and sorted(chain) == sorted(given)
+    assert chain != given  # in another order
 
 
 def test_held_out_problems_are_distinct_one_prompt_in_eight_and_never_trained_on():
@@ -1274,54 +1179,36 @@ def test_every_response_has_a_stream_of_its_own_of_even_and_unrelated_numbers():
     assert len(u.unique()) == u.numel()
 
 
-def test_a_response_does_not_depend_on_those_beside_it_nor_on_graphs(rollout, monkeypatch):
-    """On a CPU the engine calls what a graph would replay; rows move to smaller batches there."""
-    model, prompts, kw, _ = rollout
-    monkeypatch.setattr(engine.Graphs, "_of", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(engine.Graphs, "LOOK", 5)
-    ended, changes = set(), [{}, {}, {"temperature": 0}, {"repetition_stop": 1}, {"top_p": 0.7}]
-    for seed, more in enumerate(changes):
-        kw = rollout[2] | {"seed": seed, "think_end_id": 262, "think_budget": 7} | more
-        with monkeypatch.context() as patch:
-            plain = engine.generate(model, prompts, **kw)
-            patch.setattr(engine, "takes_graphs", lambda *_: True)
-            fast = engine.generate(model, prompts, **kw)
-        assert torch.equal(plain.tokens, fast.tokens) and plain.ended == fast.ended
-        assert torch.equal(plain.mask, fast.mask) and torch.equal(plain.lengths, fast.lengths)
-        assert worst(plain.logp, fast.logp) < 1e-5
-        ended |= {*plain.ended}
-    assert len(engine.Graphs._of[model]) == 4 and ended > {"eos", "length"}
-    model.lm_head.weight.data = model.lm_head.weight.data.clone()  # graphs hold addresses
-    monkeypatch.setattr(engine, "takes_graphs", lambda *_: True)
-    before = set(engine.Graphs._of[model])
-    alone = engine.generate(model, prompts[:1], **kw | {"group_size": 2})
-    engine.generate(model, prompts, **kw)
-    assert len(set(engine.Graphs._of[model]) - before) == 2
-    engine.Graphs.forget(model)
-    assert model not in engine.Graphs._of
-    n = alone.tokens.shape[1]
-    assert torch.equal(alone.tokens, plain.tokens[:2, :n]) and alone.ended == plain.ended[:2]
-
-
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("max_rows, size", [(9, 8), (3, 4), (100, 28)])
-def test_responses_wait_for_rows_that_end_and_each_prompt_is_read_once(
-    max_rows, size, graphs, rollout, monkeypatch
+@pytest.mark.parametrize("more", [{}, {"temperature": 0}, {"repetition_stop": 1}, {"top_p": 0.7}])
+def test_a_response_depends_neither_on_those_beside_it_nor_on_waiting_nor_on_graphs(
+    more, rollout, monkeypatch
 ):
+    """On a CPU the engine calls what a graph would replay; rows move to smaller batches there."""
     (model, prompts, kw, _), read, sizes = rollout, [], []
     prompts = [*prompts, [5] * 9, [6], prompts[0], [7, 8]]
-    kw |= dict(think_end_id=262, think_budget=7)
-    right = engine.generate(model, prompts, **kw)
+    kw = kw | dict(think_end_id=262, think_budget=7) | more
+    right, alone = (engine.generate(model, x, **kw) for x in (prompts, prompts[:1]))
+    n = alone.tokens.shape[1]
+    assert torch.equal(alone.tokens, right.tokens[:4, :n]) and alone.ended == right.ended[:4]
     reader, drawer = engine._read_prompts, engine.draw
-    monkeypatch.setattr(engine, "takes_graphs", lambda *_: graphs)
+    monkeypatch.setattr(engine.Graphs, "_of", weakref.WeakKeyDictionary())
     monkeypatch.setattr(engine, "_read_prompts", lambda *x: read.extend(x[1]) or reader(*x))
     monkeypatch.setattr(engine, "draw", lambda x, *y: sizes.append(len(x)) or drawer(x, *y))
-    for _ in range(2):
+    rows = {9: 8, 3: 4, 100: 28, None: 28}  # whole groups of four
+    for look, max_rows in itertools.product((0, 5, 16), rows):  # steps of graphs in a row
+        monkeypatch.setattr(engine.Graphs, "LOOK", look)
+        monkeypatch.setattr(engine, "takes_graphs", lambda *_, look=look: look)
+        read.clear(), sizes.clear()
         found = engine.generate(model, prompts, max_rows=max_rows, **kw)
-        assert read == prompts and max(sizes) == size
+        assert read == prompts and max(sizes) == rows[max_rows]  # each prompt is read once
         assert all(torch.equal(*x) for x in zip(right[:1] + right[2:4], found[:1] + found[2:4]))
         assert worst(right.logp, found.logp) < 1e-5 and right.ended == found.ended
-        read.clear()
+    assert len(kept := engine.Graphs._of[model]) == 4
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()  # graphs hold addresses
+    engine.generate(model, prompts, **kw)
+    assert len(kept) == 5
+    engine.Graphs.forget(model)
+    assert model not in engine.Graphs._of
 
 
 @NEEDS_GPU
@@ -1377,7 +1264,7 @@ def test_a_looping_response_is_stopped(monkeypatch):
         return [*zip(r.ended, r.lengths.tolist())], int(r.tokens[0, 2])
 
     both, third = ended([65], [66])
-    assert both == [("repetition", 6)] * 2
+    assert both == [("repetition", 6)] * 2 and ended([65], stop=9)[0] == [("repetition", 9)]
     assert ended([65], stop=0) == ended([65], stop=3000) == ([("length", 9)], third)
     first, second = ended([65], [66], eos=third)[0]  # its count survives the first one's removal
     assert first[0] == "eos" and second == ("repetition", 6)
@@ -1409,6 +1296,7 @@ def test_slices_are_whole_groups_with_every_row_once_and_no_more_than_there_are_
 def test_an_update_in_several_passes_has_the_gradients_of_one(most, sizes, recompute, rollout):
     model, (_, prompts, _, found) = small_model(vocab_size=272), rollout
     batch = batch_of(prompts, found, [0.0, 1.0] * 6)
+    batch.trained[0] = False  # alone in a pass, it adds the router's loss only
     weights, recipe = cispo.token_weights(batch.trained), cispo.Recipe()
     advantages, gradients, calls = cispo.group_advantages(batch.rewards, 4), [], []
     model.layers[1].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
@@ -1439,18 +1327,6 @@ def test_a_batch_is_packed_where_flash_attention_takes_it(learns, rollout, monke
     padded, packed = (call.args[0].shape for call in hidden.call_args_list)
     assert padded[0] == 12 and packed == (1, int(batch.mask[:, :-1].sum()))
     assert all(worst(*pair) < 1e-12 for pair in zip(*results))
-
-
-def test_a_pass_with_nothing_to_train_on_adds_the_router_loss_alone(rollout):
-    model, (_, prompts, _, found) = small_model(vocab_size=272), rollout
-    batch = batch_of(prompts, found, [0.0, 1.0] * 6)
-    batch.trained[3:] = False
-    weights, losses = cispo.token_weights(batch.trained), []
-    for rows, logp, _, aux in experience.passes(model, batch, 1.0, 1):
-        loss, *_ = cispo.policy_loss(logp, logp.detach(), batch.rewards[rows], weights[rows])
-        (loss + aux.router_loss).backward()
-        losses.append(float(loss.detach()))
-    assert len(losses) == 12 and not any(losses[3:]) and any(losses[:3])
 
 
 def answer(patch, rewards, **changes):
@@ -1517,10 +1393,7 @@ def test_a_response_earns_if_it_ended_after_the_token_and_a_crash_costs_one_rewa
     text, eos = "~343004</think>4", TOKENIZER.eos_id
     token, spelled = TOKENIZER.encode(text, specials=True), TOKENIZER.encode(text)
     rows = [torch.tensor([*ids, eos]) for ids in ([token] * 4 + [spelled]) * 2]
-    tokens, lengths = (
-        torch.nn.utils.rnn.pad_sequence(rows, True),
-        torch.tensor(list(map(len, rows))),
-    )
+    tokens, lengths = torch.nn.utils.rnn.pad_sequence(rows, True), torch.tensor([*map(len, rows)])
     ended = ["eos", "budget", "length", "repetition", "eos"] * 2
     r = engine.Rollout(tokens, None, None, lengths, ended)
     monkeypatch.setattr(engine, "generate", lambda *_, **__: r)
@@ -1757,14 +1630,6 @@ def test_negative_gradient_is_logged_by_position_and_load_beyond_capacity(tmp_pa
     assert row["over_capacity"] == pytest.approx(1 - 1.25 / 4) and row["busiest_expert"] == 1
 
 
-def test_token_drop_keeps_the_first_ratio_and_shows_as_a_gap_to_the_rollout(tmp_path, monkeypatch):
-    model, batch = answered()
-    half = property(lambda self: 0.5, lambda self, value: None)
-    monkeypatch.setattr(m1.MoE, "capacity", half, raising=False)
-    row = rl(tmp_path, model, batch, updates_per_rollout=1)[0][1]
-    assert row["ratio_min"] == row["ratio_max"] == 1 and row["logp_gap_mean"] > 1e-5
-
-
 def test_a_warning_says_when_guesses_are_right_before_rl():
     row = dict(step=0, accuracy=0.9, pass_k=0.9, greedy=0.9, eval_guess_right=0.9)
     warned = [train_rl.step_line(row | {"eval_guess_right": x}, settings()) for x in (0.9, 0.25, 0)]
@@ -1775,33 +1640,20 @@ def read(flags):
     return train_rl.read_flags(flags.split())
 
 
-def test_what_is_not_given_follows_from_algorithm_model_and_start(run, monkeypatch):
+def test_what_is_not_given_follows_from_algorithm_model_and_start(run):
     few, init = "--eval-problems 6 --init", f"--init {run[0]}"
     mixes = [read(x).mix for x in (f"{few} {run[0]}", f"{few} {run[0]}/step-000000", "")]
     assert mixes == [tasks.Mix("mod", 3)] * 2 + [tasks.Mix()]
     assert read(f"{init} --task cups --moves 7").mix == tasks.Mix("cups", 7)  # given: it wins
-
     given, grpo = read("--algo grpo --clip-high 0 --token-weights group").recipe, Recipe("grpo")
-    changed, names = (
-        dataclasses.replace(grpo, algo="cispo"),
-        ("clip_low", "clip_high", "token_weights"),
-    )
-    parts = [[recipe.part(name) for name in names] for recipe in (grpo, given, changed)]
-    assert parts == [[0.2, 0.2, "sequence"], [0.2, 0.0, "group"], [0.2, 0.28, "batch"]]
-    assert changed.bounds == (0, 5) and read("--algo grpo").recipe == grpo
-
-    def layers(every):
-        flags = read(every and f"--softmax-every {every}")
-        return train_rl.new_model(flags).config.attn_type_list
-
-    def rule(config, real=M1Config.__post_init__):
-        config.attn_type_list = config.attn_type_list or [1, 0, 0, 0] * 2
-        real(config)
-
-    types_of_layers = [[0] * 7 + [1], [0] * 8, [1] * 8, [0, 1] * 4]
-    assert list(map(layers, ("", "0", "1", "2"))) == types_of_layers
-    monkeypatch.setattr(M1Config, "__post_init__", rule)
-    assert list(map(layers, ("", "2"))) == [[1, 0, 0, 0] * 2, [0, 1] * 4]
+    recipes = {grpo: [0.2, 0.2, "sequence"], given: [0.2, 0.0, "group"]}
+    recipes[dataclasses.replace(grpo, algo="cispo")] = [0.2, 0.28, "batch"]
+    for recipe, parts in recipes.items():
+        assert [recipe.part(x) for x in ("clip_low", "clip_high", "token_weights")] == parts
+    patterns = {"--preset tiny": [0] * 7 + [1], "--softmax-every 0": [0] * 8}
+    patterns |= {"--softmax-every 1": [1] * 8, "--softmax-every 2": [0, 1] * 4}
+    for flags, types_of_layers in patterns.items():
+        assert train_rl.new_model(read(flags)).config.attn_type_list == types_of_layers
 
 
 def test_only_the_main_job_is_laid_beside_the_reference_seeds(run, tmp_path, capsys):
@@ -1810,14 +1662,10 @@ def test_only_the_main_job_is_laid_beside_the_reference_seeds(run, tmp_path, cap
     mains = [train_rl.named(read(x))[1] for x in same + other]
     assert mains == [True] * 2 + [False] * 6
     shutil.copytree(run[0], tmp_path / "a")
-    for compare, n in ((False, 0), (True, len(list(HERE.glob("figures/main-seed*.csv"))))):
+    for compare in (False, True):
         with runlog.Run(tmp_path / "a", 3) as finished_run:
             runlog.finish(finished_run, "", "title", compare)
-        told = capsys.readouterr().out
-        assert told.count("reference,") == told.count(f"e, {n} seeds of ours: ac") == compare
-    same = dict(eval_fork_rate=1, eval_length=9)
-    logs = [[same | dict(accuracy=x) for x in log] for log in ([0.2, 0.9], [0.1, 1])]
-    assert "accuracy 0.10..0.20 -> 0.90..1.00, fork rate 1.00..1.00 ->" in runlog.reference(logs)
+        assert capsys.readouterr().out.count("reference, 10 seeds of ours: ac") == compare
 
 
 # ---- whole runs, from the command line on
@@ -1864,48 +1712,40 @@ def start(tmp_path_factory):
 
 
 def test_checkpoints_that_take_long_are_left_out_but_for_the_last(start, tmp_path, monkeypatch):
-    save = runlog.Run.save
-
-    def slow(run, *args):
-        save(run, *args)
-        assert run.rested  # it took less than a second
-        run.save_s = 2.0
-        assert not run.rested
-        run.saved -= 17.9
-        assert not run.rested
-        run.saved -= 0.2
-        assert run.rested
-        run.saved = time.perf_counter()
-
-    monkeypatch.setattr(runlog.Run, "save", slow)
-    train(tmp_path / "a", start + "--steps 3 --checkpoint-every 1")
-    assert sorted(p.name for p in (tmp_path / "a").glob("step-*")) == ["step-000000", "step-000003"]
+    rested, run, now = runlog.Run.rested.fget, types.SimpleNamespace(), time.perf_counter()
+    for run.save_s, ago, expected in ((0.9, 0, True), (2, 17.5, False), (2, 18.1, True)):
+        run.saved = now - ago
+        assert rested(run) == expected
+    monkeypatch.setattr(runlog.Run, "rested", property(lambda run: run.step < 0))
+    train(tmp_path / "a", start + "--steps 2 --checkpoint-every 1")
+    assert {x.name for x in (tmp_path / "a").glob("step-*")} == {"step-000000", "step-000002"}
 
 
 def test_flags_that_save_memory_change_passes_rows_and_layers_but_not_what_is_learnt(
-    start, tmp_path, monkeypatch
+    start, tmp_path
 ):
-    tokens, again, rows = [], [], []
-    real, checkpointed, drawn = experience.trained_logp, m1.checkpoint, engine.draw
+    def seen(out, flags, main=train):
+        """What a run passes on: batches to train on, layers to compute again, rows to draw."""
+        wraps = (experience, "trained_logp"), (m1, "checkpoint"), (engine, "draw")
+        with contextlib.ExitStack() as stack:
+            spies = [mock.patch.object(x, y, wraps=getattr(x, y)) for x, y in wraps]
+            logp, again, draw = (stack.enter_context(spy).call_args_list for spy in spies)
+            main(out, flags)
+        batches = [(len(x.args[1].tokens), int(x.args[1].mask.sum())) for x in logp]
+        return batches, len(again), max(len(x.args[0]) for x in draw)
 
-    def trained_logp(model, batch, *args):
-        tokens.append((len(batch.tokens), int(batch.mask.sum())))
-        return real(model, batch, *args)
-
-    monkeypatch.setattr(experience, "trained_logp", trained_logp)
-    monkeypatch.setattr(m1, "checkpoint", lambda *x, **y: again.append(0) or checkpointed(*x, **y))
-    monkeypatch.setattr(engine, "draw", lambda x, *y: rows.append(len(x)) or drawn(x, *y))
-    train(tmp_path / "a", start + "--steps 2")
-    assert not again and max(rows) > 8 and max(n for _, n in tokens) > 60
-    tokens.clear(), rows.clear()
-    train(tmp_path / "b", start + "--steps 1 --micro-tokens 60 --recompute --max-rows 8")
-    assert again and max(rows) <= 8 and all(n <= 60 or N == 1 for N, n in tokens)
-    resume(tmp_path / "b", "--steps 2 --no-recompute --micro-tokens 40 --max-rows 4")
-    for plain, frugal in zip(untimed(tmp_path / "a"), untimed(tmp_path / "b")):
-        both = plain.keys() & frugal.keys()  # the second run was also evaluated after step 1
-        assert {"loss", "grad_norm", "router_loss", "busiest_expert"} < both or not plain["step"]
-        for name in both:
-            assert plain[name] == pytest.approx(frugal[name], rel=1e-2, abs=1e-4), name
+    plain, frugal = tmp_path / "a", tmp_path / "b"
+    batches, again, rows = seen(plain, start + "--steps 2")
+    assert not again and rows > 8 and max(n for _, n in batches) > 60
+    flags = "--steps 1 --micro-tokens 60 --recompute --max-rows 8"
+    batches, again, rows = seen(frugal, start + flags)
+    assert again and rows <= 8 and all(n <= 60 or N == 1 for N, n in batches)
+    resume(frugal, "--steps 2 --no-recompute --micro-tokens 40 --max-rows 4")
+    for row, other in zip(untimed(plain), untimed(frugal), strict=True):
+        both = row.keys() & other.keys()  # the second run was also evaluated after step 1
+        assert {"loss", "grad_norm", "router_loss", "busiest_expert"} < both or not row["step"]
+        same = {name: pytest.approx(row[name], rel=1e-2, abs=1e-4) for name in both}
+        assert {name: other[name] for name in both} == same
 
 
 def untimed(folder):
@@ -1928,10 +1768,9 @@ def finished(folder):
     return untimed(folder), (folder / "dropped.csv").read_text(), weights, moments
 
 
-def test_a_run_explains_itself_repeats_itself_scores_again_and_starts_others(run, tmp_path, capsys):
+def test_a_run_explains_itself_scores_again_and_starts_others(run, tmp_path, capsys):
     folder, summary = run
-    train(tmp_path / "b", "--task mod")
-    assert len(untimed(folder)) == 4 and untimed(folder) == untimed(tmp_path / "b")
+    assert len(untimed(folder)) == 4
     files = {"run.json", "log.csv", "samples.txt", "curves.png", "summary.json", "latest"}
     assert files <= {f.name for f in folder.iterdir()} and newest(folder) == "step-000003"
     assert json.loads((folder / "summary.json").read_text()) == summary
@@ -2013,8 +1852,11 @@ def test_a_filtered_run_goes_on_with_its_problems(start, tmp_path, monkeypatch):
     assert finished(parted) == finished(whole) and state["curriculum"]["kept"][1] == marks
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("n, last", [(1, "step-000003"), (2, "step-000000"), (1, "")])
+SIGNALS = [(signal.SIGINT, 1, "step-000003"), (signal.SIGTERM, 1, "step-000003")]
+SIGNALS += [(signal.SIGINT, 2, "step-000000"), (signal.SIGTERM, 1, "")]
+
+
+@pytest.mark.parametrize("number, n, last", SIGNALS)
 def test_ctrl_c_saves_the_step_but_twice_or_in_the_cold_start_it_acts_at_once(
     number, n, last, start, run, tmp_path, capsys, monkeypatch
 ):
@@ -2137,11 +1979,9 @@ BAD_TOKENIZERS = [
     ("other.txt", b"", "has no tokenizer: put"),
     ("merges.txt", b"h e\nl l l", "merges.txt cannot be"),
     ("merges.txt", "日 e".encode(), "merges.txt is not a byte-level BPE: it lacks '日'"),
-    ("merges.txt", b"\xff\xfe", "merges.txt cannot be"),
     ("merges.txt", MERGES_TXT, "ids from 0 to 200034, the model a vocabulary of 300"),
     ("tokenizer.json", b"{", "is not JSON"),
     ("tokenizer.json", b'{"model": {"vocab": {}}}', "it lacks 'merges'"),
-    ("tokenizer.json", b'{"model": {"vocab": {}, "merges": []}}', "it lacks 'Ā'"),
     ("tokenizer.json", b"[]", "tokenizer.json cannot be"),
     ("tokenizer.json", tokenizer_json(MERGES[::-1])[1], "rise from merge to merge"),
     ("tokenizer.json", tokenizer_json(*[["he ll", "l l", "h e"]] * 2)[1], "do not lead to it"),
@@ -2152,7 +1992,6 @@ BAD_TOKENIZERS = [
     ("tokenizer.json", with_step("pre_tokenizer", pipeline(prefix=True)), "pre_tokenizer is not"),
     ("tokenizer.json", with_step("pre_tokenizer", pipeline(r"\s+")), "pre_tokenizer is not"),
     ("tokenizer.json", with_step("ignore_merges", True, "model"), "ignore_merges is not M1's"),
-    ("tokenizer.json", with_step("byte_fallback", True, "model"), "byte_fallback is not M1's"),
     ("tokenizer.json", tokenizer_json(stored=["z z"])[1], "it lacks 'zz'"),
 ]
 
@@ -2191,10 +2030,9 @@ def test_other_ways_to_write_a_message_are_taken_or_refused_in_one_line():
     def told(content, role="user", **more):
         return chat_prompt([{"role": role, "content": content, **more}])
 
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert told(parts) == told("ab") and told(parts, "system") == told("ab", "system")
+    assert told([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]) == told("ab")
     assert told("3", "tool", name="t") == told([{"name": "t", "text": "3"}], "tool")
-    for content in (None, 3, ["a"], [{"type": "image"}], [{"type": "text"}], {"text": "a"}):
+    for content in (None, ["a"], [{"type": "image"}], [{"type": "text"}], {"text": "a"}):
         says("content of a message must be a text or a list of", told, content, "assistant")
         says("content of a tool's message must be a list of", told, content, "tool")
     says("content of a tool's message must be a list of", told, "3", "tool")  # of which tool?
@@ -2203,19 +2041,16 @@ def test_other_ways_to_write_a_message_are_taken_or_refused_in_one_line():
 
 F_CALL, G_CALL = {"name": "f", "arguments": {"x": [1, "</a>"]}}, {"name": "g", "arguments": {}}
 CALLS = f"<tool_calls>\n{json.dumps(F_CALL)}\n\n  {json.dumps(G_CALL)}\n</tool_calls>"
-MALFORMED = ["{'name': 'f'}", '{"name": "f"}', "[1]", "3", '{"name": 1, "arguments": {}}']
 
 
 def test_tool_calls_are_read_line_by_line_and_malformed_ones_named():
     for text in (f"\n{CALLS}\n", f"<think>? <tool_calls>\n{{\n</think> yes{CALLS}"):
         assert parse_tool_calls(text) == [F_CALL, G_CALL]
-    assert parse_tool_calls(f"<tool_calls>{json.dumps(F_CALL)}</tool_calls>") == [F_CALL]
     assert parse_tool_calls("none<tool_calls>\n</tool_calls>") == []
-    for line in (*MALFORMED, '{"name": "f", "arguments": "x"}'):
+    for line in ("{'name': 'f'}", "[1]", '{"name": 1, "arguments": {}}', '{"name": "f"}'):
         changed = CALLS.replace("\n\n", f"\n{line}\n")
         says(re.escape(f"found {line!r}"), parse_tool_calls, changed)
-    says("ended inside", parse_tool_calls, CALLS.removesuffix("</tool_calls>"))
-    for tag in ("</think>", "</tool_calls>", "<tool_calls>", "<think>", "}", '"'):
+    for tag in ("</think>", "</tool_calls>", "<tool_calls>", '"'):
         inside = {"name": "f", "arguments": {"x": f"a {tag} b"}}
         block = f"<tool_calls>\n{json.dumps(inside)}\n</tool_calls>"
         for before in ("", "<think>a</think>", "a</think>", f"{CALLS}</think>"):
@@ -2223,10 +2058,8 @@ def test_tool_calls_are_read_line_by_line_and_malformed_ones_named():
             again = parse_tool_calls(f"{before}{block} </think>")  # a second one is text
             assert again == ([inside] if before else [])
         assert parse_tool_calls(f"<think>{block}") == []  # never closed
-        mention = f"I could emit <tool_calls> or not.</think>{block}"
-        assert parse_tool_calls(mention) == [inside]
         spread = block.replace(": ", ":\n")
-        assert parse_tool_calls(spread) == parse_tool_calls(block)
+        assert parse_tool_calls(f"I could emit <tool_calls> or not.</think>{spread}") == [inside]
         cut = "a tool call is" if tag == "</tool_calls>" else "ended inside"
         says(cut, parse_tool_calls, block[: block.index(" b")])
 
@@ -2270,30 +2103,23 @@ def test_a_full_context_cuts_the_answer_then_refuses_and_a_reset_chat_is_a_new_o
     assert sample.Chat(small_model(max_position_embeddings=50), TOKENIZER).cache.max_len == 50
 
 
-def asked(*prompts, model=None, **kw):
-    kw = {"max_new_tokens": 4, "eos_id": -1, "seed": 0, "temperature": 0, **kw}
-    return engine.generate(model or small_model(), list(prompts), **kw)
-
-
 def test_generate_continues_one_conversation_within_its_cache_and_refuses_what_it_cannot_do():
-    cache = small_model().new_cache(1, 12)
+    model = small_model()
+
+    def asked(*prompts, **kw):
+        kw = dict(max_new_tokens=4, eos_id=-1, seed=0, temperature=0) | kw
+        return engine.generate(model, list(prompts), **kw)
+
+    cache = model.new_cache(1, 12)
     first = asked([1, 2, 3], cache=cache).tokens[0].tolist()
     assert int(cache.position) == 6
     more, whole = asked([first[-1], 5], cache=cache), asked([1, 2, 3, *first, 5])
     assert torch.equal(more.tokens, whole.tokens) and not more.logp.requires_grad
     says("exceeds the 1 that are left in the cache", asked, [1], cache=cache)
-    says("continues one conversation", asked, [1], [2], cache=small_model().new_cache(2, 12))
+    says("continues one conversation", asked, [1], [2], cache=model.new_cache(2, 12))
     bad = dict(repetition_stop=-1, group_size=0, max_new_tokens=0, top_p=0, temperature=0.001)
     for name, value in (bad | {"think_budget": 1}).items():
-        says(name.replace("_", "[-_]"), asked, [1], **{name: value})
-
-
-def test_a_repetition_stop_of_0_is_off():
-    model = tiny_model()
-    model.lm_head.weight.data *= 1e6  # every token is certain
-    for stop, length, why in ((3, 3, "repetition"), (0, 9, "length"), (9, 9, "repetition")):
-        r = asked([65], [66], model=model, max_new_tokens=9, temperature=1, repetition_stop=stop)
-        assert r.lengths.tolist() == [length] * 2 and r.ended == [why] * 2
+        says(name, asked, [1], **{name: value})
 
 
 def test_a_runs_own_tasks_judge_an_answer(tmp_path):
@@ -2301,7 +2127,6 @@ def test_a_runs_own_tasks_judge_an_answer(tmp_path):
     for least, prompt, text, verdict in (
         (6, "+314204=", "~343004</think>4", "right"),
         (6, "+314204=", ".</think>3", "wrong: the answer is 4"),
-        (6, "Hello", "9", no),
         (6, "a1f3?a=", ".</think>a1", no),
         (6, "+31=", ".</think>4", "right; it has 2 moves, .* of 6 moves only"),
         (3, "+31=", "4", "wrong: the answer is 4; it has 2 moves, .* of 3 to 6 moves only"),
@@ -2312,9 +2137,8 @@ def test_a_runs_own_tasks_judge_an_answer(tmp_path):
         problems = sample.run_problems(tmp_path / "step-000001")
         assert re.fullmatch(verdict, sample.judged(problems, prompt, text, ended=True))
         assert "right" not in sample.judged(problems, prompt, text, ended=False)  # it was cut
-    assert sample.run_problems(tmp_path) is None  # no run there
     file.write_text('{"flags": {"task": "of another version"}}')
-    assert sample.run_problems(tmp_path / "step-000001") is None
+    assert sample.run_problems(tmp_path / "step-000001") is sample.run_problems(tmp_path) is None
 
 
 @pytest.fixture
@@ -2340,9 +2164,9 @@ def test_without_a_prompt_a_terminal_starts_a_chat(talk):
     out, shown = talk("m1", "--system Briefly. --max-new-tokens 5 --context 400", *lines)
     assert out.startswith("chat of 400 tokens; /reset empties it; /exit or Ctrl-D leaves\n")
     assert out.count("tokens, ended by") == 2 and shown == ["> "] * 5 and "problem" not in out
-    assert len({*talk("m1", "--prompt hello --n 2 --max-new-tokens 5")[0].splitlines()}) == 2
     out, _ = talk("m1", "--max-new-tokens 50 --context 64", *["hello"] * 4, "/reset", "hello")
     assert "context of 64 tokens is full" in out and "ended by" in out.rsplit("is full", 1)[1]
+    assert len({*talk("m1", "--prompt hello --n 2 --max-new-tokens 5")[0].splitlines()}) == 2
 
 
 def test_results_of_tool_calls_are_typed_and_come_back_as_one_turn(talk, monkeypatch, tmp_path):
@@ -2377,37 +2201,14 @@ def test_a_character_of_several_tokens_is_printed_whole_and_a_broken_one_as_u_ff
     assert capsys.readouterr().out == "日x\ufffd   [6 tokens, ended by eos]\n"
 
 
-def test_bad_requests_to_a_chat_are_one_clear_line(talk, capsys):
-    for tokenizer, flags, message in (
-        ("m1", "--think-budget 3", "--think-budget needs </think> to be one token"),
-        ("m1", f"--tools {HERE}/nowhere.json", "nowhere.json: need a JSON list"),
-        ("m1", f"--tools {HERE}/parity/config.json", "config.json: need a JSON list"),
-        ("m1", f"--tools {HERE}/LICENSE", "LICENSE is not JSON"),
-        ("m1", "--context 0", "--context must be a number from 1 to"),
-        ("byte", "--system x", "trained on raw prompts"),
-    ):
-        refuses(capsys, lambda argv, t=tokenizer: talk(t, *argv), [flags], message)
-
-
 # ============================================================================
 # 8. Scripts, bad input, documentation
 # ============================================================================
 
 
-def printed(capsys, main, *argv):
-    capsys.readouterr()
-    main(list(argv))
-    return capsys.readouterr().out
-
-
-def benched(out, name, *flags):
-    """Rows of the CSV that a benchmark writes into the folder `out`."""
-    bench.main([name, "--out", str(out), *flags])
-    return common.read_csv(out / f"{name}.csv")
-
-
 def test_flops_reproduce_the_markers_of_figure_1(tmp_path):
-    rows = benched(tmp_path, "flops")
+    bench.main(["flops", "--out", str(tmp_path)])
+    rows = common.read_csv(tmp_path / "flops.csv")
     rows = {(r["model"], r["convention"], r["tokens"] / 1024): r["flops"] for r in rows}
     at_128k = {"report": (6.998, 4.533, 1.708), "textbook": (5.250, 3.210, 1.522)}
     for way, values in at_128k.items():
@@ -2416,40 +2217,6 @@ def test_flops_reproduce_the_markers_of_figure_1(tmp_path):
     share = [rows["m1", "report", n] / rows["r1", "report", n] for n in (32, 64, 100, 128)]
     assert share == pytest.approx([0.584, 0.385, 0.288, 0.244], abs=5e-4)
     assert (HERE / "figures/flops.csv").read_text() == (tmp_path / "flops.csv").read_text()
-
-
-def test_the_length_benchmark_sees_the_hybrids_cache_grow_an_eighth_as_fast(tmp_path):
-    first, last = benched(tmp_path, "length", "--quick")
-    grown = [last[f"{twin}_mb"] - first[f"{twin}_mb"] for twin in ("hybrid", "softmax")]
-    per_token = 2 * 2 * 16 * 4 / 1e6  # MB: keys and values, 2 heads of 16, fp32
-    assert grown == pytest.approx([16 * per_token, 8 * 16 * per_token], rel=1e-3)
-    assert (tmp_path / "length.png").stat().st_size > 5000
-
-
-@pytest.mark.parametrize("name", ["forms", "cpu"])
-def test_a_benchmark_tells_the_same_when_it_is_drawn_again_from_its_csv(name, tmp_path, capsys):
-    rows = benched(tmp_path, name, "--quick")
-    said = capsys.readouterr().out.strip().splitlines()[-1]
-    bench.main([name, "--redraw", "--out", str(tmp_path)])
-    assert capsys.readouterr().out.strip().splitlines()[-1] == said
-    assert common.read_csv(tmp_path / f"{name}.csv") == rows and len(rows) > 1
-
-
-@pytest.mark.parametrize(
-    "name", ["length", "forms", "cpu", "kernel", "decode-step", "rollout", "model", "long"]
-)
-def test_committed_benchmarks_are_still_readable(name, tmp_path, capsys):
-    shutil.copy(HERE / f"figures/{name}.csv", tmp_path)
-    assert printed(capsys, bench.main, name, "--redraw", "--out", str(tmp_path)).count("\n") > 3
-
-
-@pytest.mark.parametrize("name", bench_gpu.BENCHES)
-def test_a_benchmark_of_a_gpu_says_in_one_line_that_there_is_none(
-    name, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    asked = [name, "--quick", "--out", str(tmp_path)]
-    refuses(capsys, bench.main, asked, "measures a GPU and there is none here")
 
 
 @pytest.fixture
@@ -2467,86 +2234,32 @@ def as_if_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
 
 
-def test_the_rollout_benchmark_counts_tokens_and_its_floor(as_if_gpu, tmp_path):
-    for row in benched(tmp_path, "rollout", "--quick"):
-        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["step_ms"] * 1e3, rel=1e-2)
-        assert row["share"] == pytest.approx(row["tokens_per_s"] / row["floor_per_s"], abs=1e-3)
-
-
-def test_the_model_benchmark_has_a_row_for_each_size_and_way_of_training(as_if_gpu, tmp_path):
-    rows = common.by(benched(tmp_path, "model", "--quick"), "job")
-    assert [row["size"] for row in rows["decode"] + rows["prefill"]] == [1, 4, 256]
-    assert [row["recompute"] for row in rows["training"]] == ["no", "yes"]
-    for row in itertools.chain(*rows.values()):
-        assert row["x"] == pytest.approx(row["ms"] / row["floor_ms"], rel=1e-2)
-    for row in rows["training"]:
-        assert row["tokens_per_s"] == pytest.approx(row["size"] / row["ms"] * 1e3, rel=1e-2)
-
-
-def test_a_way_of_training_that_does_not_fit_costs_its_own_row_only(as_if_gpu, capsys, monkeypatch):
-    def hidden(model, *args, real=MiniMaxM1.hidden, **kw):
-        if model.compute and not model.recompute:
-            raise torch.OutOfMemoryError
-        return real(model, *args, **kw)
-
-    monkeypatch.setattr(MiniMaxM1, "hidden", hidden)
-    config = M1Config(**bench_gpu.TRAINED | bench_gpu.QUICK)
-    [row] = bench_gpu.time_training(config, 4, 32, 1e12)
-    assert row["recompute"] == "yes"
-    assert "training, computed again: no: more memory than there is" in capsys.readouterr().out
-
-
-def test_transformers_failing_beside_us_is_told_and_costs_no_row(
-    as_if_gpu, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize("name", ["length", "forms", "cpu", "rollout", "model", "long"])
+def test_a_benchmark_tells_the_same_when_it_is_drawn_again_from_its_csv(
+    name, as_if_gpu, tmp_path, capsys
 ):
-    class Theirs(torch.nn.Module):
-        def __init__(self, config):
-            super().__init__()
-
-        def generate(self, prompts, **how):
-            if len(prompts) > 1:
-                raise torch.OutOfMemoryError("too much")
-
-    fake = types.SimpleNamespace(MiniMaxForCausalLM=Theirs, __version__="5")
-    monkeypatch.setattr(bench_gpu, "transformers", fake)
-    monkeypatch.setattr(bench_gpu, "their_config", lambda config: config)
-    one, four = benched(tmp_path, "rollout", "--quick")
-    assert one["transformers"] == 5 and one["transformers_tokens_per_s"] > 0
-    assert four["tokens_per_s"] > 0 and "transformers_tokens_per_s" not in four
-    assert "transformers: OutOfMemoryError('too much')" in capsys.readouterr().out
-    fake.MiniMaxForCausalLM = None
-    assert len(benched(tmp_path, "rollout", "--quick")) == 2
-
-
-def test_the_long_benchmark_reads_in_pieces_and_sees_what_each_pattern_of_layers_keeps(
-    as_if_gpu, tmp_path
-):
-    rows = common.by(benched(tmp_path, "long", "--quick"), "pattern")
-    assert all([row["tokens"] for row in rows[x]] == [16, 64] for x in bench_gpu.PATTERNS)
-    kept = {name: [row["cache_mb"] * 1e6 for row in part] for name, part in rows.items()}
-    state, token = 4 * 16 * 16 * 4, 2 * 2 * 16 * 2  # of a layer: fp32; 2 heads of keys, values
-    assert kept["lightning"] == [8 * state] * 2
-    assert kept["softmax"] == [8 * token * 16, 8 * token * 64]
-    assert kept["hybrid"] == [7 * state + token * 16, 7 * state + token * 64]
-    assert (tmp_path / "long.png").stat().st_size > 5000
-
-
-def test_the_long_benchmarks_decode_steps_leave_no_trace(as_if_gpu, monkeypatch):
-    caches = []
-
-    def new_cache(model, *size, real=MiniMaxM1.new_cache):
-        cache = real(model, *size)
-        caches.extend([cache] if size != (1, 1) else [])
-        return cache
-
-    monkeypatch.setattr(MiniMaxM1, "new_cache", new_cache)
-    config = M1Config.preset("tiny", vocab_size=512)
-    for places in ([16, 32], [32]):
-        torch.manual_seed(0)
-        bench_gpu.read_long(config, 16, places, 1e10)
-    (a, b), n = caches, 32
-    assert int(a.position) == int(b.position) == n
-    assert all(map(torch.equal, bench_gpu.used(a, n), bench_gpu.used(b, n)))
+    bench.main([name, "--out", str(tmp_path), "--quick"])
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    bench.main([name, "--redraw", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.strip().splitlines()[-1] == said
+    rows = common.read_csv(tmp_path / f"{name}.csv")
+    for row in rows:
+        if name == "model":
+            assert row["x"] == pytest.approx(row["ms"] / row["floor_ms"], rel=1e-2)
+        if name == "rollout":
+            speed = pytest.approx(row["batch"] / row["step_ms"] * 1e3, rel=1e-2)
+            assert row["tokens_per_s"] == speed
+            assert row["share"] == pytest.approx(row["tokens_per_s"] / row["floor_per_s"], abs=1e-3)
+    if name == "length":  # one layer of eight keeps keys and values, 2 heads of 16 in fp32
+        grown = [rows[-1][f"{twin}_mb"] - rows[0][f"{twin}_mb"] for twin in ("hybrid", "softmax")]
+        assert grown == pytest.approx([n * 16 * 2 * 2 * 16 * 4 / 1e6 for n in (1, 8)], rel=1e-3)
+    if name == "long":  # of a layer: a state in fp32; keys and values of 2 heads in bf16
+        state, token = 4 * 16 * 16 * 4, 2 * 2 * 16 * 2
+        sizes = {"lightning": (8, 0), "softmax": (0, 8), "hybrid": (7, 1)}
+        for row in rows:
+            n_states, n_caches = sizes[row["pattern"]]
+            kept = n_states * state + n_caches * token * row["tokens"]
+            assert row["cache_mb"] * 1e6 == pytest.approx(kept)
 
 
 def test_the_trained_model_of_the_benchmark_has_0_98_b_active_parameters():
@@ -2561,95 +2274,55 @@ def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
     def committed(name):
         return common.read_csv(HERE / f"figures/{name}.csv")
 
-    last = committed("length")[-1]
+    def column(rows, name, form, end):
+        return ", ".join(form.format(row[name]) for row in rows) + end
+
+    last, base = committed("length")[-1], committed("base-summary")[0]
     faster, smaller = (last[f"softmax_{unit}"] / last[f"hybrid_{unit}"] for unit in ("ms", "mb"))
-    said = [f"{faster:.1f} times as fast as its all-softmax twin, with a cache {smaller:.1f} times"]
-    said.append(f"{committed('decode-step')[-1]['triton_x']:.2f} times the time that memory needs")
-    base = committed("base-summary")[0]
-    took = "took {seconds:.0f} s from its cold start to accuracy {accuracy_end:.3f}"
-    said += [took.format(**base), "{other_s:.0f} s for {cold_start_steps:.0f} steps".format(**base)]
-    rows = committed("rollout")
-    said += [", ".join(f"{row['tokens_per_s']:,.0f}" for row in rows) + " tokens/s"]
-    said += [", ".join(f"{row['share']:.2f}" for row in rows) + " of it"]
-    model = common.by(committed("model"), "job")
-    said += [", ".join(f"{row['transformers_tokens_per_s']:,.0f}" for row in rows) + " |"]
+    rows, model = committed("rollout"), common.by(committed("model"), "job")
     trained = "{tokens_per_s:,.0f} tokens/s, {peak_gb:.1f} GB | {x:.2f} times |"
-    said.append(trained.format(**model["training"][0]))
+    took = "took {seconds:.0f} s from its cold start to accuracy {accuracy_end:.3f}"
+    said = [
+        f"{faster:.1f} times as fast as its all-softmax twin, with a cache {smaller:.1f} times",
+        f"{committed('decode-step')[-1]['triton_x']:.2f} times the time that memory needs",
+        took.format(**base),
+        "{other_s:.0f} s for {cold_start_steps:.0f} steps".format(**base),
+        column(rows, "tokens_per_s", "{:,.0f}", " tokens/s"),
+        column(rows, "share", "{:.2f}", " of it"),
+        column(rows, "transformers_tokens_per_s", "{:,.0f}", " |"),
+        trained.format(**model["training"][0]),
+    ]
     for rows in (model["decode"], model["prefill"]):
-        said += [", ".join(f"{row['transformers_ms']:.2f}" for row in rows) + " |"]
-        said += [", ".join(f"{row['ms']:.2f}" for row in rows) + " ms"]
-        said += [", ".join(f"{row['x']:.2f}" for row in rows) + " times"]
+        ends = {"transformers_ms": " |", "ms": " ms", "x": " times"}
+        said += [column(rows, name, "{:.2f}", end) for name, end in ends.items()]
     for row in (row for row in committed("kernel") if row["part"] == "shapes"):
-        cells = [
-            f"{row[f'triton_{x}_us']:.0f} (x {row[f'triton_{x}_x']:.2f})" for x in bench_gpu.JOBS
-        ]
+        ours = "{:.0f} (x {:.2f})"
+        times = [(row[f"triton_{x}_us"], row[f"triton_{x}_x"]) for x in bench_gpu.JOBS]
+        cells = [row["shape"], *(ours.format(*pair) for pair in times)]
         for name in ("fla", "flash", "cudnn"):
             two = [row.get(f"{name}_{job}_us") for job in bench_gpu.JOBS]
             cells.append(", ".join(f"{x:.0f}" for x in two) if all(two) else "not measured")
-        said.append(f"| {row['shape']} | {' | '.join(cells)} |")
+        said.append(f"| {' | '.join(cells)} |")
     speed = " ".join((HERE / "studies/SPEED.md").read_text().split())
     assert not [line for line in said if line not in speed and line not in README_LINE]
 
 
-def test_lightning_attn_run_alone_shows_small_errors_and_what_m1_remembers(capsys):
-    threads = torch.get_num_threads()
-    lines = [line.split() for line in printed(capsys, lightning_attn.main).splitlines() if line]
-    assert torch.get_num_threads() == threads
-    rows = {}
-    for name, *numbers in lines:
-        if name in ("recurrent", "quadratic", "chunk", "step"):
-            with contextlib.suppress(ValueError):  # a line of text
-                rows[name] = [float(x) for x in numbers]
-    assert len(rows) == 4 and all(error < 1e-6 for row in rows.values() for error in row[:3])
-    assert [line for line in lines if line[0] in ("0", "40", "78")] == HALF_LIVES
+ALONE = {  # how some lines begin that a file prints when it is run alone
+    "lightning_attn": ["recurrent", "quadratic", "chunk", "step", "78 60 14,007"],
+    "cispo": ["cispo clip", "cispo 0.5 -0.5 1 -1 1.5 -1.5 5 -5", "grpo 0.5 0 1 -1 0 -1.5 0 -8"],
+    "tasks": [f"{name} " for name in tasks.TASKS],
+    "model --preset m1": ["total 456,089,655,296", "LLLLLLLS LLLLLLLS", "78 60 14,007"],
+}
 
 
-HALF_LIVES = [["0", "0.76", "177"], ["40", "1.5", "359"], ["78", "60", "14,007"]]  # of layers
-
-
-def test_cispo_run_alone_prints_recipes_and_the_worked_gradients(capsys):
-    lines = [line.split() for line in printed(capsys, cispo.main).splitlines() if line]
-    rows = [line for line in lines if line[0] in cispo.ALGORITHMS]
-    n = len(cispo.ALGORITHMS)
-    assert {row[0] for row in rows[:n] if row[-1] == "never"} == {"reinforce", "cispo"}
-    assert {row[0] for row in rows[:n] if "sequence" in row} == {"grpo"}
-    found = {Recipe(row[0]): [float(x) for x in row[1:]] for row in rows[n:]}
-    assert len(found) == n and found.items() <= GRADIENTS.items()
-
-
-def test_tasks_run_alone_scores_a_right_a_wrong_and_a_malformed_response_of_each_task(capsys):
-    lines = printed(capsys, tasks.main).splitlines()
-    for name in tasks.TASKS:
-        rows = [line.split() for line in lines if line.startswith(f"{name} ")]
-        marks = [["1.1", "yes", "yes"], ["0.1", "no", "yes"], ["0.0", "no", "no"]]
-        assert [row[3:6] for row in rows] == marks
-        problem = tasks.draw(random.Random(0), 1, [name], 6)[0]
-        assert [tasks.score(problem, row[2]).reward for row in rows] == [1.1, 0.1, 0.0]
-
-
-def test_model_run_alone_describes_456_b_parameters_without_allocating_them(capsys):
-    resource = pytest.importorskip("resource")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    text = printed(capsys, m1.main, "--preset", "m1")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
-    numbers = ("456,089,655,296", "45,944,920,064", "47,174,113,280", "280 MiB", "40 GiB")
-    assert all(f" {number} " in text for number in (*numbers, "40,960 B", "7,168"))
-    assert text.count("LLLLLLLS") == 10
-    lines = [line.split() for line in text.splitlines()]
-    assert all(half_life in lines for half_life in HALF_LIVES)
-    assert " 587,264 " in printed(capsys, m1.main)  # tiny
-
-
-SCRIPTS = ["cispo", "tasks", "model", "sample", "train_rl", "bench", "lightning_attn"]
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_file_answers_help_and_refuses_unknown_flags(script, monkeypatch, capsys):
-    for flag, code in (("--help", 0), ("--nonsense", 2)):
-        with pytest.raises(SystemExit) as exit:
-            sys.modules[script].main([flag])
-        assert exit.value.code == code
-    assert "--help" in capsys.readouterr().out
+@pytest.mark.parametrize("script", ALONE)
+def test_a_file_run_alone_explains_itself(script, capsys, monkeypatch):
+    monkeypatch.setattr(lightning_attn, "why_no_kernel", lambda *_: "interpreted it takes long")
+    name, *argv = script.split()
+    sys.modules[name].main(argv)
+    lines = capsys.readouterr().out.splitlines()
+    for beginning in ALONE[script]:
+        assert any(" ".join(line.split()).startswith(beginning) for line in lines), beginning
 
 
 @pytest.mark.parametrize("script", ["train_rl", "sample", "bench", "studies.algos"])
@@ -2680,98 +2353,72 @@ def test_the_readmes_places_stand_where_it_says():
 # ---- bad input
 
 SHARD, INDEX = "model-00000-of-00002.safetensors", "model.safetensors.index.json"
-EXPERT, CONFIG = "model.layers.0.block_sparse_moe.experts", "config.json"
 WHOLE = (HERE / "parity" / SHARD).read_bytes()
-BAD_MODELS = {  # the line, or the part of it before " by ": a file, its content or (old, new)
-    "config.json does not exist": (CONFIG, None),
-    "model_type 'llama'": (CONFIG, '{"model_type": "llama"}'),
-    "is not JSON": (CONFIG, "{"),
-    "is not UTF-8 text": (CONFIG, b"\xff\xfe\x00"),
-    "must hold a JSON object, found []": (CONFIG, "[]"),
-    "model_type None": (CONFIG, "{}"),
-    "hidden_size must be a number from 1 to 262,144, found '48'": (
-        CONFIG,
-        ('size": 48', 'size": "48"'),
-    ),
-    "postnorm must be of type bool": (CONFIG, ('"postnorm": true', '"postnorm": "true"')),
-    "attn_type_list must hold 5 entries": (CONFIG, ('hidden_layers": 4', 'hidden_layers": 5')),
-    "hidden_act must be 'silu'": (CONFIG, ("silu", "gelu")),
-    f"shape: 48 ({EXPERT}.0.w1.weight is (24, 48), not (32, 48)": (CONFIG, ('e": 24', 'e": 32')),
-    f"missing: 12 ({EXPERT}.4.w1.weight": (CONFIG, ('experts": 4', 'experts": 5')),
-    f"unexpected: 12 ({EXPERT}.3.w1.weight": (CONFIG, ('experts": 4', 'experts": 3')),
-    "damaged by a flipped header": (SHARD, ('"dtype":', '"dtypf":')),
-    "damaged by a wrong length": (SHARD, b"\xff" + WHOLE[1:]),
-    "damaged by a cut": (SHARD, WHOLE[:1000]),
-    "damaged by emptying": (SHARD, ""),
-    "damaged by a text": (SHARD, "not safetensors"),
-    f"{SHARD} is missing": (SHARD, None),
-    "is stored twice": ("model-00001-of-00002.safetensors", WHOLE),
-    "is not JSON: Expecting value": (INDEX, "[1,"),
-    "is not a safetensors index": (INDEX, "{}"),
-    **{
-        f"is not a safetensors index: found {found} by {key}": (INDEX, (old, f'"metadata": {new}'))
-        for old in ['"metadata": {\n  "total_size": 485184\n }']
-        for key, new, found in [
-            ("null", "null", "None"),
-            ("text", '"x"', "'x'"),
-            ("list", "[1]", "[1]"),
-            ("sums", '{"crc32": null}', "{'crc32': None}"),
-            ("sum", '{"crc32": "x"}', "{'crc32'"),
-            ("number", '{"crc32": {"a": "1"}}', "{'crc32'"),
-        ]
-    },
-    "which is no file of its directory": (INDEX, ('"model-00000', '"../model-00000')),
-    "model-00000-of-00002.safetensors, but no model.safetensors.index.json": (INDEX, None),
-    "vocab_size must be a number from 1": (
-        CONFIG,
-        ('"vocab_size": 97', f'"vocab_size": {10**400}'),
-    ),
-    "is not JSON: Exceeds the limit": (CONFIG, ('"vocab_size": 97', f'"vocab_size": {"9" * 5000}')),
-    "promises 100663296 tensors of experts": (
-        CONFIG,
-        ('layers": 4', 'layers": 512', 'experts": 4', 'experts": 65536', "[\n", f"[{'0,' * 508}\n"),
-    ),
-    "num_local_experts must be a number from 1 to": (CONFIG, ('experts": 4', 'experts": 16777216')),
-    "router_aux_loss_coef must be a number from 0": (CONFIG, ('coef": 0.001', 'coef": NaN')),
-    "router_aux_loss_coef must be": (CONFIG, ('coef": 0.001', 'coef": -1')),
-    "shared_intermediate_size must be a number": (
-        CONFIG,
-        ('intermediate_size": 0', 'intermediate_size": -1'),
-    ),
-    "does not say rotary_dim": (CONFIG, ('"rotary_dim": 8,', "")),
-    "does not say postnorm": (CONFIG, ('"postnorm": true,', "")),
-    "does not say layernorm_mlp_alpha": (CONFIG, ('"layernorm_mlp_alpha": 2.125,', "")),
-    "rope is one rope_theta, without scaling, found": (
-        CONFIG,
-        ('"rope_theta": 10000', '"rope_parameters": {"rope_theta": 1, "rope_type": "yarn"}'),
-    ),
-    "step-000007": ("latest", "step-000007"),
-    "must name a checkpoint such as step-000040, found ''": ("latest", ""),
-    "must name a checkpoint such as": ("latest", "../other/step-000005"),
-    "more than 100": ("latest", "step-000000" * 10**5),
-}
+BAD_CONFIGS = """
+model_type 'llama' | {"model_type": "llama"}
+model_type None | {"model_type": null}
+hidden_size must be a number from 1 to 262,144, found '48' | {"hidden_size": "48"}
+postnorm must be of type bool | {"postnorm": "true"}
+attn_type_list must hold 5 entries | {"num_hidden_layers": 5}
+hidden_act must be 'silu' | {"hidden_act": "gelu"}
+shape: 48 (model.layers.0.block_sparse_moe.experts.0.w1 | {"intermediate_size": 32}
+missing: 12 (model.layers.0.block_sparse_moe.experts.4.w1 | {"num_local_experts": 5}
+unexpected: 12 (model.layers.0.block_sparse_moe.experts.3.w1 | {"num_local_experts": 3}
+promises 786432 tensors of experts | {"num_local_experts": 65536}
+num_local_experts must be a number from 1 to | {"num_local_experts": 16777216}
+router_aux_loss_coef must be a number from 0 | {"router_aux_loss_coef": NaN}
+router_aux_loss_coef must be a number from 0 | {"router_aux_loss_coef": -1}
+does not say rotary_dim, layernorm_mlp_alpha | {"rotary_dim": null, "layernorm_mlp_alpha": null}
+rope is one rope_theta, without scaling | {"rope_parameters": {"rope_type": "yarn"}}
+rope is one rope_theta, without scaling | {"rope_scaling": {"factor": 2}}
+"""  # what the one line says | a change of config.json
+BAD_FILES = [  # what the one line says; a file; its content, None or (old, new)
+    ("config.json does not exist", "config.json", None),
+    ("is not JSON", "config.json", "{"),
+    ("is not JSON: maximum recursion depth", "config.json", "[" * 10**5),
+    ("is not JSON: Exceeds the limit", "config.json", ("97", "9" * 5000)),
+    ("is not UTF-8 text", "config.json", b"\xff\xfe\x00"),
+    ("must hold a JSON object, found []", "config.json", "[]"),
+    ("is damaged or no safetensors file", SHARD, ('"dtype":', '"dtypf":')),
+    ("is damaged or no safetensors file", SHARD, WHOLE[:1000]),
+    ("is damaged or no safetensors file", SHARD, ""),
+    (f"{SHARD} is missing", SHARD, None),
+    ("is stored twice", "model-00001-of-00002.safetensors", WHOLE),
+    ("is not JSON: Expecting value", INDEX, "[1,"),
+    ("is not a safetensors index", INDEX, "{}"),
+    ("is not a safetensors index: found None", INDEX, '{"weight_map": {}, "metadata": null}'),
+    ("is not a safetensors index: found {'crc", INDEX, ("{\n  ", '{"crc32": {"a": "1"}, ')),
+    ("which is no file of its directory", INDEX, ('"model-00000', '"../model-00000')),
+    (f"{SHARD}, but no {INDEX}", INDEX, None),
+    ("step-000007", "latest", "step-000007"),
+    ("must name a checkpoint such as step-000040, found ''", "latest", ""),
+    ("must name a checkpoint such as", "latest", "../other/step-000005"),
+    ("more than 100", "latest", "step-000000" * 10**5),
+]
+for line in BAD_CONFIGS.strip().splitlines():
+    message, changes = line.split(" | ")
+    config = read_json(HERE / "parity/config.json") | json.loads(changes)
+    BAD_FILES.append((message, "config.json", json.dumps(config)))
 
 
 def contents(folder):
     return {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-@pytest.mark.parametrize("message", BAD_MODELS)
-def test_a_damaged_or_foreign_model_directory_is_one_clear_line(tmp_path, capsys, message):
+@pytest.mark.parametrize("message, name, change", BAD_FILES)
+def test_a_damaged_or_foreign_model_directory_is_one_clear_line(
+    tmp_path, capsys, message, name, change
+):
     folder = tmp_path / "model"
     shutil.copytree(HERE / "parity", folder, ignore=shutil.ignore_patterns("*.npz"))
-    (name, change), bits = BAD_MODELS[message], "latin-1"
-    file = folder / name
+    file, bits = folder / name, "latin-1"
     if isinstance(change, tuple):
-        old_new, change = change, file.read_text(bits)
-        for old, new in zip(old_new[::2], old_new[1::2]):
-            assert old in change
-            change = change.replace(old, new)
+        change = file.read_text(bits).replace(*change)
     file.unlink(missing_ok=True)
     if change is not None:
         file.write_bytes(change if isinstance(change, bytes) else change.encode(bits))
     before = contents(folder)
-    refuses(capsys, train_rl.main, f"--eval {folder}", message.partition(" by ")[0])
+    refuses(capsys, train_rl.main, f"--eval {folder}", message)
     assert before == contents(folder)
 
 
@@ -2782,38 +2429,29 @@ model | --x 1 | --help
 train_rl | --stepz 3 / --step 3 / --steps | --steps
 train_rl | --steps many / --steps 1.5 / --seed none / --moves none | FLAG: invalid
 train_rl | --steps -1 | FLAG must be a number from 0 to 999,999, found -1
-train_rl | --moves 0 | FLAG must be a number from 1 to 1,000, found 0
+train_rl | --moves 0 / --moves 40000 | FLAG must be a number from 1 to 1,000, found
 train_rl | --seed -1 / --repetition-stop -1 / --filter-problems -1 | FLAG must be a number from 0
 train_rl | --softmax-every -1 / --overlong-buffer -1 / --eps-low -1 | FLAG must be a number from 0
-train_rl | --eps-high nan / --eps-high -0.5 / --clip-low -1 | FLAG must be a number from 0
-train_rl | --clip-high -1 / --clip-high nan | FLAG must be a number from 0
-train_rl | --fork-prior 7 / --fork-prior -0.1 | FLAG must be a number from 0 to 1
+train_rl | --eps-high nan / --eps-high -0.5 / --clip-high -1 | FLAG must be a number from 0
+train_rl | --fork-prior 7 / --fork-prior -0.1 / --seed 9999999999999999999 | FLAG must be a number
+train_rl | --prompts 1000000000 / --min-moves 0 / --clip-low -1 | FLAG must be a number from
 train_rl | --eval-problems 0 / --eval-every 0 / --checkpoint-every 0 | FLAG must be a number from 1
-train_rl | --prompts 0 / --sft-steps 0 / --max-new-tokens -3 | FLAG must be a number from 1
-train_rl | --max-new-tokens 0 / --min-moves 0 / --max-moves 0 | FLAG must be a number from 1
+train_rl | --prompts 0 / --sft-steps 0 / --max-new-tokens 0 / --max-moves 0 | FLAG must be a number
 train_rl | --updates-per-rollout 0 / --updates-per-rollout 64 | FLAG must be a number from 1 to 32
 train_rl | --updates-per-rollout 3 --prompts 3 | --min-groups must be a number from 1 to 3
-train_rl | --group-size 1 | FLAG must be a number from 2
-train_rl | --lr 0 / --lr inf / --lr -1 | FLAG must be a number from 1e-12 to 10
-train_rl | --max-grad-norm 0 | FLAG must be a number from 1e-09
-train_rl | --temperature 0 | FLAG must be a number from 0.01
+train_rl | --lr 0 / --lr inf / --max-grad-norm 0 / --temperature 0 | FLAG must be a number from
 train_rl | --preset huge / --preset m1 / --algo ppo / --token-weights none | argument 'FLAG'
 train_rl | --device tpu | argument '--device'. Expected one of
 train_rl | --moves 1 / --eval-problems 100000 | held-out problems
 train_rl | --windows 8,9 --moves 1 | held-out problems
-train_rl | --moves 40000 | FLAG must be a number from 1 to 1,000
-train_rl | --prompts 1000000000 | FLAG must be a number from 1 to 1,000,000
-train_rl | --group-size 100000 | FLAG must be a number from 2 to 31,250
-train_rl | --seed 1000000000000000000000000000000 | FLAG must be a number from 0 to 4,6
+train_rl | --group-size 1 / --group-size 100000 | FLAG must be a number from 2 to 31,250
 train_rl | --eps-high 1e39 / --eps-low 1e7 / --clip-high 1e30 | FLAG must be at most 1,000,000
-train_rl | --max-new-tokens 40000 / --windows 8,40000 | exceed the model's 32768: lower
-train_rl | --init start --max-new-tokens 40000 | exceed the model's 32768: lower
+train_rl | --windows 8,40000 / --init start --max-new-tokens 40000 | exceed the model's 32768
 train_rl | --resume= / --eval= / --init= / --out= | need a folder, found an empty text
 train_rl | --task mod,chess / --task , | choose from mod, walk, cups
 train_rl | --task recall --moves 27 | 26 keys
 train_rl | --overlong-buffer 99 / --windows 8,9 --overlong-buffer 9 | is more than a response
-train_rl | --windows 9,8 / --windows 0,8 / --windows 8,8 / --windows 8,x | rising numbers of tokens
-train_rl | --windows , | rising numbers of tokens such as 40,48,56, found ','
+train_rl | --windows 9,8 / --windows 0,8 / --windows 8,x / --windows , | rising numbers of tokens
 train_rl | --windows 8,9 --max-new-tokens 9 | leave out --max-new-tokens
 train_rl | --max-moves 5 | --moves 6 is more than --max-moves 5
 train_rl | --min-moves 7 | --min-moves 7 is more than --moves 6
@@ -2829,14 +2467,17 @@ train_rl | --out . / --out LICENSE | not empty
 train_rl | --out LICENSE/run | LICENSE
 sample | --prompt x --model nowhere | nowhere
 sample | --prompt x --model parity | tokenizer
-sample | --model parity --top-p 0 / --model parity --top-p 1.5 | FLAG must be a number from
-sample | --model parity --temperature -1 / --model parity --seed -1 | FLAG must be a number from 0
-sample | --model parity --think-budget -1 | FLAG must be a number from 0
-sample | --model parity --max-new-tokens 0 / --model parity --n 0 | FLAG must be a number from 1
+sample | --prompt x --model chat --think-budget 3 | --think-budget needs </think> to be one token
+sample | --prompt x --model chat --tools nowhere | nowhere: need a JSON list
+sample | --prompt x --model chat --tools parity/config.json | config.json: need a JSON list
+sample | --prompt x --model chat --tools LICENSE | LICENSE is not JSON
+sample | --prompt x --model start --system x | trained on raw prompts
+sample | --top-p 0 / --top-p 1.5 / --temperature -1 / --seed -1 | FLAG must be a number from
+sample | --think-budget -1 / --max-new-tokens 0 / --n 0 / --context 0 | FLAG must be a number from
 bench | speed | choose from flops, length
-bench | flops --outt x | --out
 bench | flops --out LICENSE/x | LICENSE
 bench | forms --quick | keep them out: --out DIR
+bench | kernel --quick --out x / rollout --quick --out x | measures a GPU and there is none here
 """  # script | flags / other flags | what the one line says, FLAG = the last one
 BAD_CASES = [
     [script, flags, message.replace("FLAG", ["", *re.findall("--[a-z-]+", flags)][-1])]
@@ -2852,6 +2493,8 @@ def elsewhere(tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")
     shutil.copytree(HERE / "parity", folder / "parity")
     save_pretrained(tiny_model(), folder / "start")
+    save_pretrained(tiny_model(tokenizer="m1"), folder / "chat")
+    (folder / "chat/tokenizer.json").write_bytes(tokenizer_json()[1])
     shutil.copy(HERE / "LICENSE", folder / "LICENSE")
     return folder
 
@@ -2861,6 +2504,7 @@ def test_bad_flags_are_one_clear_line_and_touch_no_file(
     script, flags, message, capsys, monkeypatch, elsewhere
 ):
     monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")}
     refuses(capsys, sys.modules[script].main, flags, message)
     assert before == {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")}
@@ -2884,10 +2528,10 @@ def attend(slope=THREE, at=0, value=None, **how):
     return lambda: lightning_attention(*inputs[:3], slope, *inputs[3:], **how)
 
 
-def step(q=THREE, slope=THREE, state=None):
+def step(q=THREE, slope=THREE, state=None, **how):
     """lightning_step of one row of 3 heads, of width 1."""
     q, state = q.view(1, 3, 1), torch.zeros(1, 3, 1, 1) if state is None else state
-    return lambda: lightning_step(q, torch.ones(1, 3, 1), torch.ones(1, 3, 1), slope, state)
+    return lambda: lightning_step(q, *torch.ones(2, 1, 3, 1), slope, state, **how)
 
 
 def one(q=(2, 4, 8), k=(2, 9, 2, 8), last=2):
@@ -2896,18 +2540,17 @@ def one(q=(2, 4, 8), k=(2, 9, 2, 8), last=2):
     return lambda: softmax_attn.attend_step(torch.ones(q), k, k, last)
 
 
-TRACE, ONES = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
+TRACE = torch.zeros(1, 3, 1, 1)
 BAD_CALLS = {
     "share one floating dtype, found torch.int64": step(torch.ones(3, dtype=torch.int64)),
     "share one floating dtype, found torch.float64": step(THREE.double()),
     "is a view of the state": step(TRACE, state=TRACE),
-    "or slope is a view of the state": step(slope=ONES.view(3), state=ONES),
     "state must be a tensor, found 3": step(state=3),
+    "impl must be auto, torch or triton, found 'fast'": step(impl="fast"),
+    "q and k must be (B, H, K)": lambda: lightning_step(ONE, ONE, ONE, THREE, TRACE),
     "state must be torch.float32 of shape (1, 3, 1, 1)": step(state=torch.zeros(1, 3, 1, 2)),
     "slopes must be positive numbers, found [1.0, 0.0, 1.0]": step(slope=torch.tensor([1, 0.0, 1])),
-    "slopes must be positive numbers, found [nan": attend(slope=THREE * torch.nan),
     "slopes must be positive numbers, found [inf": attend(slope=THREE / 0),
-    "slopes must be positive numbers, found [-1": attend(slope=-THREE),
     "slope must not require gradients": attend(slope=torch.ones(3, requires_grad=True)),
     "do not fit: found (2, 4, 8), (2, 9, 3, 8)": one(k=(2, 9, 3, 8)),
     "do not fit: found (2, 4, 9)": one(q=(2, 4, 9)),
@@ -2918,13 +2561,11 @@ BAD_CALLS = {
     "logits are not finite": new_tokens(broken, [1], temperature=0),
     "logits are not finite ": new_tokens(broken, [1]),
     "temperature must be a number from 0 to 100": new_tokens(small_model(), [1], temperature=INF),
-    "lists of token ids, found [[65.5]]": new_tokens(small_model(), [65.5]),
     "lists of token ids, found [[True]]": new_tokens(small_model(), [True]),
     "token id 1000000 is outside": new_tokens(small_model(), [1], pad_id=10**6),
     "exceeds the model's 9": new_tokens(small_model(max_position_embeddings=9), [1] * 8),
     "outside the model's vocabulary": new_tokens(small_model(), [272]),
     "of at least one token": new_tokens(small_model(), []),
-    "floating": attend(value=torch.ones(2, 3, 3, 8, dtype=torch.int64)),
     "(B, L, H, V)": attend(at=2, value=torch.ones(2, 4, 3, 5)),
     "choose from auto": attend(impl="fast"),
     "slope": attend(slope=torch.ones(4)),
@@ -2945,41 +2586,61 @@ def test_bad_calls_say_what_is_wrong(message):
         BAD_CALLS[message]()
 
 
-def test_a_full_disk_stops_a_run_in_one_line_and_keeps_its_checkpoint(start, tmp_path, capsys):
-    """A limit on file sizes stands in for the full disk: the model fits, the optimizer does not."""
-    resource, folder = pytest.importorskip("resource"), tmp_path / "a"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (800_000, limits[1]))  # Python ignores the signal
-    try:
-        flags = start + "--steps 6 --checkpoint-every 3 --lr 5e-4"
-        said = "stopped in step 3", f"last good checkpoint: {folder / 'step-000000'}"
-        said += (f"cannot write {folder / 'step-000003'}: {os.strerror(errno.EFBIG)}",)
-        refuses(capsys, lambda _: train(folder, flags), "", *said)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert newest(folder) == "step-000000" and not list(folder.glob(".*writing*"))
-    assert resume(folder)["steps"] == 6
-
-
-@pytest.mark.parametrize("name, said", [("logp", "logp is not"), ("loss", "gradient norm is nan")])
-def test_a_number_that_is_not_finite_stops_the_run_by_name_with_the_last_good_checkpoint(
-    name, said, start, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize("cause", ["logp is not finite", "gradient norm is nan", "cannot write"])
+def test_what_stops_a_run_is_named_in_one_line_with_the_last_good_checkpoint(
+    cause, start, tmp_path, capsys, monkeypatch
 ):
-    def broken(*args, real=experience.trained_logp if name == "logp" else cispo.policy_loss):
+    resource, folder = pytest.importorskip("resource"), tmp_path / "a"
+    owner, name = (experience, "trained_logp") if "logp" in cause else (cispo, "policy_loss")
+    real = getattr(owner, name)
+
+    def broken(*args):
         first, *rest = real(*args)
         return first * torch.nan, *rest
 
-    spot = (experience, "trained_logp") if name == "logp" else (cispo, "policy_loss")
-    monkeypatch.setattr(*spot, broken)
+    said, limits = cause, resource.getrlimit(resource.RLIMIT_FSIZE)
+    if cause == "cannot write":  # a full disk: there is room for a model, not for its optimizer
+        said += f" {folder / 'step-000003'}: {os.strerror(errno.EFBIG)}"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (800_000, limits[1]))
+    else:
+        monkeypatch.setattr(owner, name, broken)
+    try:
+        flags = start + "--steps 3 --checkpoint-every 3 --lr 5e-4"
+        last = f"last good checkpoint: {folder / 'step-000000'}"
+        refuses(capsys, lambda _: train(folder, flags), "", said, "stopped in step", last)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    assert newest(folder) == "step-000000" and not list(folder.glob(".*writing*"))
+    assert resume(folder)["steps"] == 3
+
+
+DAMAGED = r"""
+--steps must be | run.json | flags["steps"] = [1]
+--task must be of type | run.json | flags["task"] = 3
+not hold this version's flags | run.json | del flags["windows"]
+not hold this version's flags | run.json | record["cold_start"] = [1]
+not hold this version's flags | run.json | record.clear()
+log.csv has another header | log.csv | lines.clear()
+line 2 of | log.csv | lines[1:1] = lines[:1]
+line 2 of | log.csv | lines[1] = "0" + "," * (len(runlog.COLUMNS) - 1)
+line 4 of | log.csv | lines[3:3] = lines[2:3]
+line 4 of | log.csv | del lines[3]
+line 3 of | log.csv | lines[2] = lines[2].replace(",", ",x", 2)
+line 3 of | log.csv | lines[2] = lines[2].partition(",")[2]
+line 5 of | log.csv | lines[4] = "\0" * 99
+ends at step 2, before 3 | log.csv | lines[4:] = [""]
+"""  # what the one line says | the file | what became of its lines
+BAD_DROPS = "/1,a/x,a,yes,1,1,1/1,a,yes,many,1,1/0,a,yes,1,1,1/nan,a,yes,1,1,1/1,a,yes,,1,1"
+BAD_DROPS += "/1,a,yes,0,1,1/1,a,maybe,1,1,1/1,a,yes,1,inf,1/1.5,a,yes,1,1,1"
+DAMAGES = [line.split(" | ") for line in DAMAGED.strip().splitlines()]
+for row in BAD_DROPS.split("/"):
+    DAMAGES.append(("line 3 of", "dropped.csv", f"lines[1:] = '1,a,yes,1,1,1', {row!r}, ''"))
+
+
+def test_resuming_refuses_other_settings_and_damaged_files(run, tmp_path, capsys):
     folder = tmp_path / "a"
-    where = f"last good checkpoint: {folder}/step-000000"
-    refuses(capsys, lambda _: train(folder, start), "", said, where)
-
-
-def test_resuming_refuses_other_settings_and_damaged_states(run, tmp_path, capsys):
-    folder, weights = tmp_path / "a", "model-00000-of-00001.safetensors"
     shutil.copytree(run[0], folder)
-    kept = contents(folder)
 
     def refused(flags, message, begin=f"--resume {folder}"):
         before = contents(folder)
@@ -2991,53 +2652,22 @@ def test_resuming_refuses_other_settings_and_damaged_states(run, tmp_path, capsy
         refused(flags, message)
     refused("--lr 1", "lr would change", f"--eval {folder}")
     refused("", "no run.json", f"--resume {folder}/step-000003")
-    record = json.loads(kept[folder / "run.json"])
-    flags, log, drops = (
-        record["flags"],
-        kept[folder / "log.csv"].decode().splitlines(True),
-        kept[folder / "dropped.csv"].decode(),
-    )
-    old = {name: x for name, x in flags.items() if name != "windows"}
-    damaged = [("run.json", json.dumps({"flags": flags | {"steps": [1]}}), "--steps must be")]
-    damaged += [("run.json", json.dumps({"flags": flags | {"task": 3}}), "--task must be of type")]
-    damaged += [("run.json", json.dumps({"flags": old}), "not hold this version's flags")]
-    damaged += [("run.json", json.dumps(record | {"cold_start": [1]}), "this version's flags")]
-    damaged += [("run.json", x, "run.json") for x in ("[" * 10**5, "{}", "[]")]
-    for lines, message in (
-        ([], "log.csv has another header"),
-        (log[:1] + log, "line 2 of"),  # a header twice
-        ([*log[:3], log[2], *log[3:]], "line 4 of"),  # written by two
-        ([*log[:3], *log[4:]], "line 4 of"),
-        ([*log[:2], log[2].replace(",", ",x", 2), *log[3:]], "line 3 of"),
-        ([*log[:2], log[2].partition(",")[2], *log[3:]], "line 3 of"),
-        (log[:4], "ends at step 2, before 3"),
-        ([log[0], "0" + "," * (len(runlog.COLUMNS) - 1) + "\n", *log[2:]], "line 2 of"),
-        ([*log[:4], "\0" * 99 + "\n"], "line 5 of"),
-    ):
-        damaged += [("log.csv", "".join(lines), message)]
-    rows = (
-        "",
-        "1,a",
-        "x,a,yes,1,1,1",
-        "1,a,yes,many,1,1",
-        "0,a,yes,1,1,1",
-        "nan,a,yes,1,1,1",
-        "-inf,a,yes,1,1,1",
-    )
-    rows += "1,a,yes,,1,1", "1,a,yes,0,1,1", "1,a,maybe,1,1,1", "1,a,yes,1,inf,1", "1.5,a,yes,1,1,1"
-    for line in (f"{row}\n" for row in rows):
-        damaged += [
-            ("dropped.csv", drops.partition("\n")[0] + f"\n1,a,yes,1,1,1\n{line}", "line 3")
-        ]
-    damaged += [("samples.txt", b"\xff", "samples.txt is not UTF-8")]
-    damaged += [(f"step-000003/{name}", None, "is damaged") for name in ("trainer.pt", weights)]
-    for name, content, message in damaged:
-        bits = bytearray(kept[folder / name])
-        bits[len(bits) // 2] ^= 16  # one bit of the data, which no header betrays
-        content = content.encode() if isinstance(content, str) else content
-        (folder / name).write_bytes(bits if content is None else content)
+    for message, name, damage in DAMAGES:
+        text, record = (folder / name).read_text(), read_json(folder / "run.json")
+        lines = text.split("\n")
+        exec(damage, dict(lines=lines, record=record, flags=record["flags"], runlog=runlog))
+        lines = [json.dumps(record)] if name == "run.json" else lines
+        (folder / name).write_text("\n".join(lines))
         refused("--steps 9", message)
-        (folder / name).write_bytes(kept[folder / name])
+        (folder / name).write_text(text)
+    newest = folder / "step-000003"
+    for file in (folder / "samples.txt", newest / "trainer.pt", *newest.glob("*.safetensors")):
+        kept = file.read_bytes()
+        bits = bytearray(kept)
+        bits[len(bits) // 2] ^= 128  # one bit, which no header betrays
+        file.write_bytes(bits)
+        refused("--steps 9", f"{file.name} is ")
+        file.write_bytes(kept)
     for name in ("samples.txt", "log.csv"):
         (folder / name).rename(tmp_path / name)
         refused("--steps 9", f"{name} does not exist")
@@ -3045,12 +2675,13 @@ def test_resuming_refuses_other_settings_and_damaged_states(run, tmp_path, capsy
     with runlog.Run(folder):
         refused("--steps 9", "another process is writing to")
     (folder / "step-000000").rename(tmp_path / "0")
-    (folder / "step-000003").rename(tmp_path / "3")
+    newest.rename(tmp_path / "3")
     refused("--steps 9", "has lost its checkpoints")
-    (tmp_path / "3").rename(folder / "step-000003")
+    (tmp_path / "3").rename(newest)
     (folder / "latest").unlink()  # killed before it was written
     resume(folder)
-    assert newest(folder) == "step-000003" and "step   1/3" not in capsys.readouterr().out
+    assert (folder / "latest").read_text() == "step-000003\n"
+    assert "step   1/3" not in capsys.readouterr().out
     train_rl.main(f"--eval {folder} --eval-problems 3".split())
 
 
@@ -3060,13 +2691,10 @@ says that its step is 7 | state["step"] = 7
 says that its step is True | state["step"] = True
 does not hold what a run saves | state["more"] = 1
 its optimizer has other settings | group["betas"] = (0.9, 0.99)
-its optimizer has other settings | group["params"] = group["params"][1:]
 its optimizer has other settings | state["optimizer"]["param_groups"] *= 2
 its learning rate is | group["lr"] = math.inf
-its learning rate is | group["lr"] = "x"
 its optimizer has other parameters | del moments[0]
 exp_avg of parameter 0 is not | moments[0]["exp_avg"] = moments[0]["exp_avg"][1:]
-exp_avg of parameter 0 is not | moments[0]["exp_avg"] = moments[0]["exp_avg"].double()
 exp_avg of parameter 0 is not | moments[0]["exp_avg"] = moments[0]["exp_avg"].T.contiguous().T
 exp_avg_sq of parameter 0 is not | moments[0]["exp_avg_sq"][0] = -1.0
 step of parameter 0 is not | moments[0]["step"] = torch.tensor(math.inf)
@@ -3075,10 +2703,9 @@ is damaged; let | del moments[0]["exp_avg"]
 is damaged; let | state["optimizer"] = [1]
 a curriculum of this run cannot be | curriculum["extra"] = 10**9
 a curriculum of this run cannot be | curriculum["window"] = 1
-a curriculum of this run cannot be | curriculum["windows"] = 0
 a curriculum of this run cannot be | curriculum["perplexity"] = [math.nan]
 a curriculum of this run cannot be | curriculum["correct"] = [0.5] * 99
-a curriculum of this run cannot be | curriculum["correct"] = ["x"]
+a curriculum of this run cannot be | curriculum["correct"] = [2.0]
 a curriculum of this run cannot be | curriculum["kept"] = (7, [True])
 a curriculum of this run cannot be | state["curriculum"] = None
 """  # what the one line says | what was changed before the checksum was made
@@ -3131,7 +2758,7 @@ def test_a_run_goes_on_without_what_it_began_from_and_remembers_its_cold_start(r
 # ---- documentation
 
 
-def test_a_task_is_added_in_ten_lines_as_the_readme_says(tmp_path, monkeypatch):
+def test_a_task_is_added_in_ten_lines_as_the_readme_says(start, tmp_path, monkeypatch):
     code = re.search(r"```python\n(def .*?)```", README, re.S).group(1)
     assert len(code.strip().splitlines()) <= 10
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
@@ -3139,7 +2766,7 @@ def test_a_task_is_added_in_ten_lines_as_the_readme_says(tmp_path, monkeypatch):
     name = list(tasks.TASKS)[-1]
     problem = tasks.draw(random.Random(0), 1, [name], 4)[0]
     assert tasks.score(problem, f"~{problem.chain}</think>{problem.answer}").correct
-    train(tmp_path / "a", f"--task {name} --steps 1")
+    train(tmp_path / "a", start.replace("--task mod", f"--task {name}") + "--steps 1")
 
 
 def test_every_public_function_has_a_docstring_and_every_flag_has_help(capsys, monkeypatch):
