@@ -387,7 +387,7 @@ def measure(slices, old, watched, recipe, longest):
 
 def summed(x):
     """A number of all processes, each of which has its share as a tensor."""
-    return float(parallel.totals(x.view(1))[0])
+    return float(parallel.totals(x.detach().view(1))[0])
 
 
 def begin(flags):
