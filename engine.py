@@ -6,7 +6,7 @@ have ended; nothing in a step waits for the device. On a GPU a step is one CUDA 
     1. What is asked, what comes back   Sampling, Request, Rollout
     2. A token                          streams of random numbers, sample_tokens, left_pad
     3. A step                           Rows, draw
-    4. Steps, plain or as CUDA graphs   rollout_weights, Steps, recorded, Graphs
+    4. Steps, plain or as CUDA graphs   rollout_weights, Steps, captured, Graphs
     5. The loop                         generate
 
 Dimension key: P prompts, G responses per prompt, N = P * G responses, B rows of the batch, T tokens
@@ -123,7 +123,8 @@ class Request:
         room = f"model's {limit}"
         if cache is not None:
             if len(prompts) * self.group_size != 1:
-                raise ValueError(f"a cache continues one conversation, found {len(prompts)}")
+                found = f"{len(prompts)} x {self.group_size}"
+                raise ValueError(f"a cache continues one response, found {found}")
             limit = min(limit, cache.max_len) - int(cache.position)
             room = f"{limit} that are left in the cache"
         longest, new = max(map(len, prompts)), self.max_new_tokens
@@ -195,7 +196,7 @@ def left_pad(sequences, pad_id, device):
 class Rows:
     """The responses that a batch holds, a row each; all tensors (B,) are changed in place."""
 
-    number: torch.Tensor  # of the response; one more than there are: an empty row
+    number: torch.Tensor  # of its response, 0 .. n - 1; n: an empty row, whose outputs nobody reads
     stream: torch.Tensor  # its random numbers
     step: torch.Tensor  # its tokens so far
     token: torch.Tensor  # the last one
@@ -250,12 +251,12 @@ def draw(logits, rows, out, ask):
 
     if ask.think_end_id is not None:
         rows.thinking &= token != ask.think_end_id
-    looped = torch.full_like(token, LENGTH)
+    code = torch.full_like(token, LENGTH)  # it goes on, or is cut
     if 0 < ask.repetition_stop <= ask.max_new_tokens:
         sure = logits.softmax(-1).gather(1, token[:, None])[:, 0] > 0.99
         rows.streak.copy_((rows.streak + 1) * sure)
-        looped.masked_fill_(rows.streak >= ask.repetition_stop, REPETITION)
-    code = looped.masked_fill(token == ask.eos_id, EOS)
+        code.masked_fill_(rows.streak >= ask.repetition_stop, REPETITION)
+    code.masked_fill_(token == ask.eos_id, EOS)
     out.cause[rows.number] = code.where(alive, out.cause[rows.number])
     rows.token.copy_(token)
     rows.step += alive
@@ -305,10 +306,8 @@ def rollout_weights(model):
 
 def takes_graphs(model, n):
     """Whether generate replays CUDA graphs for n rows: on a GPU, if no step must ask the device."""
-    moe = model.layers[0].block_sparse_moe
     x = torch.empty(n, 0, dtype=model.dtype, device=model.device)
-    form = moe.best_form(x) if moe.form == "auto" else moe.form
-    return x.is_cuda and form in ("dense", "grouped_mm")
+    return x.is_cuda and model.layers[0].block_sparse_moe.best_form(x) in ("dense", "grouped_mm")
 
 
 class Steps:
@@ -324,7 +323,8 @@ class Steps:
     def _room(self, size, n, cache=None):
         """Empty rows and a cache for them."""
         number = torch.full((size,), n, device=self.model.device)
-        rows = Rows.new(number, number.new_zeros(n + 1), number > n, False)
+        nobody = torch.zeros_like(number, dtype=torch.bool)
+        rows = Rows.new(number, number.new_zeros(n + 1), nobody, False)
         return rows, cache or self.model.new_cache(size, self.max_len)
 
     def begin(self, slots, rows, cache, origin, logits):
@@ -350,7 +350,7 @@ class Steps:
         self.step(self.rows, self.cache, self.out, used + 1)
 
 
-def recorded(function, rehearse, device, pool=None):
+def captured(function, rehearse, device, pool=None):
     """function() as a CUDA graph, which replay() does; on a CPU, for tests, replay is a plain call.
 
     rehearse() does the like first, on a stream aside: kernels are compiled and chosen there.
@@ -384,7 +384,7 @@ class Graphs(Steps):
 
     @classmethod
     def of(cls, model, ask, size, n, max_len):
-        """Those of a model for requests like this one, whatever its seed; without responses."""
+        """A model's graphs for requests like this one, whatever its seed, without responses."""
         kept, max_len = cls._of.setdefault(model, {}), cls._up(max_len)
         weights = tuple(p.data_ptr() for p in model.parameters())
         key = weights, dataclasses.replace(ask, seed=0, first=0), size, n, max_len
@@ -445,7 +445,7 @@ class Graphs(Steps):
 
             if rows.alive.is_cuda:
                 self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.graphs[key] = recorded(step, rehearse, rows.alive.device, self.pool)
+            self.graphs[key] = captured(step, rehearse, rows.alive.device, self.pool)
         return self.graphs[key]
 
 

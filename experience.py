@@ -119,8 +119,8 @@ def passes(model, batch, temperature=1.0, most=None):
     """trained_logp of all rows, in passes of at most `most` real tokens (None: one pass); of
     several processes each has its share of every pass.
 
-    Where gradients are recorded, the router losses of several add up to that of the whole batch,
-    whose expert loads a round without gradients has counted before.
+    Where gradients are recorded, the router losses of several add up to that of the whole batch: a
+    first round without gradients counts the whole batch's expert loads.
     """
     size, load = parallel.size(), None
     pieces = batch.pieces(most and most * size, least=size)
@@ -142,7 +142,7 @@ class Imitation:
     """The loss on a batch of demonstrations and its gradients, in place of earlier ones.
 
     On one GPU a call replays one CUDA graph: a step of `base` is 2,400 small kernels, which Python
-    starts in 100 ms and the GPU does in 30. Batches, of as many rows, are packed there to one size.
+    starts in 100 ms and the GPU does in 30. Batches, all of as many rows, are packed to one size.
     """
 
     def __init__(self, model):
@@ -154,7 +154,7 @@ class Imitation:
         n_tokens = int(batch.mask[:, :-1].sum())
         if self.graph is None or n_tokens >= len(self.inputs[0]):
             self.graph, self.inputs = None, packed(batch, n_tokens * 5 // 4 + 1)
-            self.graph = engine.recorded(self._learn, self._learn, self.model.device)
+            self.graph = engine.captured(self._learn, self._learn, self.model.device)
         for x, new in zip(self.inputs, packed(batch, len(self.inputs[0]))):
             x.copy_(new)
         self.graph.replay()
@@ -188,7 +188,7 @@ def packed(batch, size):
     row = here.flatten().nonzero()[:, 0][again % ends[-1]]
     columns = batch.tokens[:, :-1], batch.tokens[:, 1:], batch.trained
     tokens, targets, learned = (x.flatten()[row] for x in columns)
-    ends = torch.nn.functional.pad(torch.nn.functional.pad(ends, (1, 0)), (0, 1), value=size)
+    ends = torch.cat([ends.new_zeros(1), ends, ends.new_tensor([size])])
     return tokens, targets, learned & (again < ends[-2]), ends.int()
 
 

@@ -119,9 +119,10 @@ def times_bf16(hidden, weight):
 
 
 class HeadProduct(torch.autograd.Function):
-    """hidden (N, D) times weight (W, D), both fp32, where a GPU multiplies bf16 14 times as fast:
-    both are two bf16 parts to 16 bits, and the three larger of four products are summed in fp32,
-    which is right to 1e-5. Gradients are rounded to bf16 once, as those of all layers.
+    """hidden (N, D) times weight (W, D), both fp32, by products of bf16, 14 times as fast on a GPU.
+
+    Each is split into two bf16 parts, 16 bits; of the four products the three larger are summed in
+    fp32: right to 1e-5. Gradients are rounded to bf16 once, as those of all layers.
     """
 
     @staticmethod

@@ -208,12 +208,13 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 #     o = scan(q, k, v)                dq = scan(do, v, k)
 #     dk = reversed scan(v, do, q)     dv = reversed scan(k, q, do)
 #
-# so one kernel runs four times, and backward needs nothing but the inputs. A program owns one head
-# of one sequence and BV of the V columns of c, and walks along the tokens chunk by chunk. Its state
-# S^T (BV, K) fp32 stays in registers; tiles of a, b and c come in ahead of their use (copy engine,
-# STAGES deep), o goes out, nothing else moves. Where programs are fewer than processors, the length
-# is cut into segments: a first launch computes what each adds to the state, the second begins every
-# segment at the sum of what came before (see _plan).
+# so one kernel serves all four (a launch for o, one for dq, one for dk and dv), and backward needs
+# nothing but the inputs. A program owns one head of one sequence and BV of the V columns of c, and
+# walks along the tokens chunk by chunk. Its state S^T (BV, K) fp32 stays in registers; tiles of a,
+# b and c come in ahead of their use (copy engine, STAGES deep), o goes out, nothing else moves.
+# Where programs are fewer than processors, the length is cut into segments: a first launch
+# computes what each adds to the state, the second begins every segment at the sum of what came
+# before (see _plan).
 # u = 0..C-1 counts tokens of a chunk in the direction of the walk; R = 0 (forward) or 1 (reversed):
 #
 #     inside   P^T    = (b a^T) * M          M_ju = lam^(u-j) for j <= u, else 0
@@ -231,9 +232,10 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 # 2 C (K + V) + 4 K V, K-products V / BV times. Backward reads three inputs in each of three scans,
 # 9 + 3 tensors where 4 + 3 would do; dk and dv, in one launch, share q and do.
 #
-# What each idea bought, x the time that memory needs: forward at (B, L, H, D) = (1, 8192, 64, 128)
-# bf16 on an H200, then forward + backward on an H100 there and at batch 8:
+# What each idea bought, times the time that memory needs, bf16:
 #
+#     (B, L, H, D) = (1, 8192, 64, 128), but batch 8 in the third      forward   both   both, B = 8
+#                                                                        H200    H100    H100
 #     pointers, cp.async 4 deep                                           1.56
 #     copy engine, (B, L, H, V) tiles                                     1.50
 #     copy engine, flat (B L, H V) tiles                                  1.39
@@ -245,8 +247,8 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 #
 # The rest forward is the chain of products and barriers inside a chunk. Backward is near what its
 # products take: with all reads from the L2 cache dk and dv would take 2.06 ms instead of 2.39 at
-# batch 8. At 32,768 tokens (1.36) their programs drift apart and share little. Where tensors lie
-# matters, too: in one block of memory 32,768 tokens take 1.30 forward, not 0.99.
+# batch 8. At 32,768 tokens (both: 1.36 times) their programs drift apart and share little. Where
+# tensors lie matters, too: those of 32,768 tokens in one block of memory take 1.30 times, not 0.99.
 
 
 @functools.partial(jit, do_not_specialize=["L"])  # or it is compiled for odd and even L
@@ -473,9 +475,7 @@ class _Launch:
         return [x if fine else x.clone(**how) for x, fine in zip(scan, in_place)]
 
 
-def _plan(
-    N, scans, *, alone=None, C=None, BV=None, n_segments=None, flat=None, stages=None, warps=None
-):
+def _plan(N, scans, *, C=None, BV=None, n_segments=None, flat=None, stages=None, warps=None):
     """Block sizes and the like for N sequences of each scan (a, b, c): from sweeps on H200, H100.
 
     C = 64 rows are what a matrix instruction takes. BV = 64: two programs to a head of width 128,
@@ -501,8 +501,7 @@ def _plan(
     n_programs = N * H * triton.cdiv(V, BV) * len(scans)
     if n_segments is None:
         n_segments = max(1, min(len(scans) * processors // n_programs, L // (4 * C)))
-    if alone is None:
-        alone = len(scans) == 1 and n_programs * n_segments <= processors
+    alone = len(scans) == 1 and n_programs * n_segments <= processors
     if flat is None:
         flat = alone and all(B == 1 or x.stride(0) == L * x.stride(1) for x in tensors)
     whole = K == BK and V % BV == 0

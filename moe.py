@@ -59,11 +59,9 @@ class MoE(nn.Module):
     def forward(self, x, mask=None, with_routing=True):
         """x (B, L, D), mask (B, L) or None -> (B, L, D) and the Routing of real tokens, or None."""
         flat = x.flatten(0, 1)  # (T, D)
-        form = self.best_form(flat) if self.form == "auto" else self.form
+        form = self.best_form(flat)
         if form == "grouped_mm" and not with_routing and can_route(flat, len(self.gate.weight)):
             weight, rows = route(flat, self.gate.weight, self.top_k)
-            if len(flat) > FEW:
-                return self.planned(flat, weight, rows).view_as(x), None
             matrices = (w.to(x.dtype) for w in (self.w1, self.w3, self.w2))
             return step_experts(flat, weight, rows, *matrices).view_as(x), None
         logits = widen(self.gate.weight) @ widen(flat).T  # (E, T): a CPU is slow at short rows
@@ -76,7 +74,9 @@ class MoE(nn.Module):
         return out.view_as(x), self.routing(probs, chosen, mask) if with_routing else None
 
     def best_form(self, x):
-        """The fastest form for x (T, D); on a GPU one that asks the device nothing, if it can."""
+        """`form`, or the fastest for x (T, D): on a GPU one that asks the device nothing."""
+        if self.form != "auto":
+            return self.form
         _, F_, D = self.w1.shape
         if x.is_cuda:
             aligned = x.dtype == torch.bfloat16 and D % 8 == 0 and F_ % 8 == 0
@@ -106,10 +106,7 @@ class MoE(nn.Module):
 
     def grouped_mm(self, x, weight, chosen):
         """`grouped` in three products; where an expert's rows end stays on the device."""
-        return self.planned(x, weight, plan(chosen, len(self.w1)))
-
-    def planned(self, x, weight, rows):
-        """x (T, D), weight (T, k), rows: see plan -> (T, D)."""
+        rows = plan(chosen, len(self.w1))
         return _Planned.apply(x, weight, self.w1, self.w3, self.w2, *rows)
 
     def dense(self, x, weight, chosen):
@@ -254,7 +251,7 @@ def can_route(x, n_experts):
     """Whether `route` serves x (T, D)."""
     able = triton is not None and (x.is_cuda or not isinstance(_route, triton.JITFunction))
     size = triton.next_power_of_2(len(x)) * triton.next_power_of_2(n_experts) if able else 0
-    return able and size <= MOST and not torch.is_grad_enabled()
+    return able and size <= MOST and len(x) <= FEW and not torch.is_grad_enabled()
 
 
 def route(x, gate, k):
@@ -333,7 +330,7 @@ FEW = 1024  # tokens: for more, three F.grouped_mm
 
 
 def step_experts(x, weight, rows, w1, w3, w2):
-    """MoE.planned in three launches, without gradients: for few tokens."""
+    """The experts of rows (see plan) in three launches, without gradients: for few tokens."""
     n, (E, F_, D), deep = len(rows[0]), w1.shape, 128 // x.element_size()
     BM = min(max(16, triton.next_power_of_2(2 * n // E)), 128)  # so most experts have one block
     tiles = most_blocks(n, E, BM) * triton.cdiv(D, 64)

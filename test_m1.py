@@ -54,6 +54,7 @@ import layers
 import lightning_attn
 import model as m1
 import moe as experts
+import parallel
 import runlog
 import sample
 import softmax_attn
@@ -712,7 +713,7 @@ def test_kernels_of_a_step_give_the_loop_over_experts_and_round_no_more_than_thr
         moe, x, weight, chosen, rows = uneven_experts(T, E, k, D, width, dtype)
         found = [experts.step_experts(x, weight, rows, moe.w1, moe.w3, moe.w2)]
         if dtype == HALF[0] and D % 8 == width % 8 == 0:  # what F.grouped_mm takes on a GPU
-            found.append(moe.planned(x, weight, rows))
+            found.append(experts._Planned.apply(x, weight, moe.w1, moe.w3, moe.w2, *rows))
         right = moe.double().loop(x.double(), weight.double(), chosen)
         error, *others = (relative_error(y, right) for y in found)
         assert found[0].dtype == dtype and error < bound
@@ -1136,8 +1137,8 @@ def test_responses_are_padded_behind_their_end_and_carry_the_log_probs_of_traini
 def test_demonstrations_packed_to_one_size_give_the_same_gradients(monkeypatch):
     model, recorded = small_model(router_aux_loss_coef=0.0, vocab_size=272), []
     plain, packed = experience.Imitation(model), experience.Imitation(model)
-    flags, record = settings(moves=3, max_moves=6, eval_problems=3), engine.recorded
-    monkeypatch.setattr(engine, "recorded", lambda *x: recorded.append(x) or record(*x))
+    flags, record = settings(moves=3, max_moves=6, eval_problems=3), engine.captured
+    monkeypatch.setattr(engine, "captured", lambda *x: recorded.append(x) or record(*x))
     sizes = []
     for seed in range(6):  # of other lengths: what was recorded for the first serves, or does not
         batch = train_rl.demonstrations(flags, random.Random(seed), TOKENIZER, 6, "cpu")
@@ -1721,16 +1722,10 @@ train_rl.main()
 
 def processes(n, script, flags):
     """A finished run of n processes: exit code, what was said, seconds."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={n}",
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     how = dict(env=env, capture_output=True, text=True, timeout=120)
-    return subprocess.run([*command, script, *flags.split()], **how)
+    return subprocess.run([*torchrun, f"--nproc_per_node={n}", script, *flags.split()], **how)
 
 
 @pytest.fixture(scope="module")
@@ -1765,8 +1760,7 @@ def test_several_processes_take_the_steps_of_one(several, n):
     assert drops[0] == drops[1]
 
 
-def test_a_run_of_several_processes_goes_on_in_one_and_back_to_the_last_bit(several, tmp_path):
-    """What two processes saved is loaded by one, saved, and loaded by two: nothing has changed."""
+def test_a_run_of_two_processes_goes_on_in_two_or_in_one_with_the_same_step(several, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(several / "2", folder)
     script = tmp_path / "wide.py"
@@ -1787,11 +1781,13 @@ def test_a_run_of_several_processes_goes_on_in_one_and_back_to_the_last_bit(seve
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-15)
 
 
-def test_several_processes_refuse_what_they_cannot_share(start, tmp_path):
-    script = HERE / "train_rl.py"
-    done = processes(3, script, f"{start} --group-size 2 --out {tmp_path / 'run'}")
-    assert "3 processes need a group of at least 3 responses, found --group-size 2" in done.stderr
-    assert done.returncode and not (tmp_path / "run").exists()
+def test_processes_refuse_groups_too_small_to_share_and_flags_that_differ(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 processes need a group of at least 3 .*-size 2"):
+        train_rl.check_processes(settings(group_size=2))
+    monkeypatch.setattr(parallel, "together", lambda x: [*x, *x, "others"])
+    with pytest.raises(ValueError, match="process 2 was started with other flags"):
+        train_rl.check_processes(settings())
 
 
 def test_checkpoints_that_take_long_are_left_out_but_for_the_last(start, tmp_path, monkeypatch):

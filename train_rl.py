@@ -287,6 +287,7 @@ def train(flags):
     run, model, tokenizer, optimizer, curriculum = begin(flags)
     G, recipe, temperature = flags.group_size, flags.recipe, flags.sampling.temperature
     weighting, most = recipe.part("token_weights"), flags.micro_tokens
+    coef = model.config.router_aux_loss_coef
     top_lr = flags.lr or 2e-4 * 64 / model.config.hidden_size
     with run:
         if run.step < 0:
@@ -311,12 +312,11 @@ def train(flags):
                     old = [list(forward(part)) for part in slices]
                 for part, before in zip(slices, old):
                     weights, parts = cispo.token_weights(part.trained, weighting, G), []
-                    for (rows, logp, _, aux), (_, old_logp, *_) in zip(forward(part), before):
-                        loss, log_ratio, dropped = cispo.policy_loss(
-                            logp, old_logp, part.advantages[rows], weights[rows], recipe
-                        )
-                        (loss + model.config.router_aux_loss_coef * aux.router_loss).backward()
-                        parts.append((loss.detach(), log_ratio, dropped, aux))
+                    for now, was in zip(forward(part), before):
+                        A, w = part.advantages[now.rows], weights[now.rows]
+                        loss, *told = cispo.policy_loss(now.logp, was.logp, A, w, recipe)
+                        (loss + coef * now.aux.router_loss).backward()
+                        parts.append((loss.detach(), *told, now.aux))
                     norm = clip(model, flags.max_grad_norm)
                     optimizer.param_groups[0]["lr"] = row["lr"]
                     optimizer.step()
