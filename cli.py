@@ -238,8 +238,9 @@ def command_line(main):
             code, message = 130, str(stop) or "stopped"
         message = " ".join(message[:5000].split())
         process = os.environ.get("RANK", "0")  # of several: torchrun then ends the others
-        name = Path(sys.argv[0]).name + (f", process {process}" if process != "0" else "")
-        print(f"{name}: {message[:2000]}", file=sys.stderr)
+        if process == "0" or code == 2:
+            name = Path(sys.argv[0]).name + (f", process {process}" if process != "0" else "")
+            print(f"{name}: {message[:2000]}", file=sys.stderr)
         raise SystemExit(code)
 
     return wrapped

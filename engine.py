@@ -123,8 +123,8 @@ class Request:
         room = f"model's {limit}"
         if cache is not None:
             if len(prompts) * self.group_size != 1:
-                found = f"{len(prompts)} x {self.group_size}"
-                raise ValueError(f"a cache continues one response, found {found}")
+                found = f"{len(prompts)} x {self.group_size} responses"
+                raise ValueError(f"a cache continues one conversation, found {found}")
             limit = min(limit, cache.max_len) - int(cache.position)
             room = f"{limit} that are left in the cache"
         longest, new = max(map(len, prompts)), self.max_new_tokens
