@@ -149,12 +149,12 @@ class Imitation:
         self.model, self.inputs, self.graph, self.loss = model, None, None, None
 
     def __call__(self, batch):
-        if not m1.has_flash(self.model) or parallel.size() > 1:
-            return self._plain(batch)
         n_tokens = int(batch.mask[:, :-1].sum())
+        if parallel.size() > 1 or not takes_graph(self.model, n_tokens):
+            return self._plain(batch)
         if self.graph is None or n_tokens >= len(self.inputs[0]):
             self.graph, self.inputs = None, packed(batch, n_tokens * 5 // 4 + 1)
-            self.graph = engine.captured(self._learn, self._learn, self.model.device)
+            self.graph = engine.captured(self._learn, self._rehearse, self.model.device)
         for x, new in zip(self.inputs, packed(batch, len(self.inputs[0]))):
             x.copy_(new)
         self.graph.replay()
@@ -173,15 +173,29 @@ class Imitation:
         logp = self.model.target_logp(hidden[0], targets)
         self.loss = self._backward(-(logp * learned).sum() / learned.sum(), aux)
 
+    def _rehearse(self):
+        self._learn()
+        self.model.zero_grad()
+
     def _backward(self, loss, aux):
         (loss + self.model.config.router_aux_loss_coef * aux.router_loss).backward()
         return loss.detach()
 
 
+def takes_graph(model, n_tokens):
+    """Whether a training step of so many tokens asks the device nothing, so a graph can hold it."""
+    from lightning_attn import choose_impl
+
+    if not m1.has_flash(model):
+        return False
+    head = torch.empty(model.config.head_dim, dtype=model.dtype, device=model.device)
+    return choose_impl(head, head)[0] == "triton" and engine.takes_graphs(model, n_tokens)
+
+
 def packed(batch, size):
     """A batch's real tokens as one row: tokens, targets, which are learned (size,), and where N + 1
     sequences begin and end (N + 2,) int32. The last one fills the row with tokens from its
-    beginning, of which none is learned.
+    beginning, of which none is learned, though routers count them.
     """
     here, again = batch.mask[:, :-1], torch.arange(size, device=batch.tokens.device)
     ends = here.sum(1).cumsum(0)

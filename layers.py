@@ -288,7 +288,7 @@ def _norm_backward_kernel(dy, x, weight, gate, dx, parts, dgate, rows, D, eps, B
     tl.store(parts + tl.program_id(0).to(tl.int64) * D + d, part, mask=inside)
 
 
-@functools.partial(jit, do_not_specialize=["n"])
+@jit
 def _pairs_kernel(a, b, out, n, alpha, beta, BLOCK: tl.constexpr):
     """swiglu or residual."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -315,7 +315,7 @@ def _rope_kernel(
     tl.store(out + at, _load(x + at, inside), mask=inside)
 
 
-@functools.partial(jit, do_not_specialize=["n"])
+@jit
 def _swiglu_backward_kernel(dy, gate, x, dgate, dx, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g, a = _load(dy + i, i < n), _load(gate + i, i < n)

@@ -279,8 +279,8 @@ def _scan_kernel(
     h, g, n = pid % H, pid // H % n_segments, pid // (H * n_segments)
     row, start, n_tokens = n, 0, L  # row of the batch, first token in it
     if cu_seqlens is not None:
-        row, start = 0, tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int32), 0), L)
-        n_tokens = tl.minimum(tl.load(cu_seqlens + n + 1).to(tl.int32), L) - start
+        row, start = 0, tl.minimum(tl.maximum(tl.load(cu_seqlens + n), 0), L).to(tl.int32)
+        n_tokens = tl.minimum(tl.load(cu_seqlens + n + 1), L).to(tl.int32) - start
     begin = g * segment  # counted in the direction of the walk
     m_segment = tl.maximum(tl.minimum(segment, n_tokens - begin), 0)
     if not OUTPUT:
@@ -400,7 +400,7 @@ def _scan(
     transpose. Of a flipped scan there is no last. plan: for _plan.
     """
     tensors = [*(x for scan in scans for x in scan), slope, first, last, cu_seqlens]
-    kind = [flip, reverse, *plan.items(), slope.device, tensors[0].dtype]
+    kind = [flip, reverse, *plan.items(), tensors[0].device, tensors[0].dtype]
     for a, b, c, _ in scans:
         kind += [a.shape, c.shape, a.stride(), b.stride(), c.stride()]
     kind += [x if x is None else x.data_ptr() % 16 for x in tensors]
@@ -408,7 +408,7 @@ def _scan(
         kind += [len(cu_seqlens), cu_seqlens.dtype]
     launch = _launches.get(kind := tuple(kind))
     if launch is None:
-        if len(_launches) == 4096:
+        if len(_launches) >= 4096:
             _launches.clear()
         launch = _launches[kind] = _Launch(scans, cu_seqlens, flip, reverse, plan)
     launch(scans, slope, first, last, cu_seqlens)
@@ -458,10 +458,10 @@ class _Launch:
             for x, facts in zip((*self._readable(scan, in_place), scan[3]), tiles):
                 tensors.append(object.__new__(TensorDescriptor))
                 tensors[-1].__dict__.update(facts, base=x)
-            how = dict(dtype=torch.float32, device=slope.device)
+            how = dict(dtype=torch.float32, device=scan[0].device)
             tensors += scan[3], self.local and torch.empty(self.local, **how), *steps
         tensors += [None] * (18 - len(tensors))  # where there is no second scan
-        with torch.cuda.device_of(slope):
+        with torch.cuda.device_of(scans[0][0]):
             for i, fixed in enumerate(self.fixed):
                 args = *tensors, slope, *states_and_bounds, *fixed
                 if self.compiled[i] is None:  # compiles, or interprets and gives None
@@ -633,7 +633,7 @@ def lightning_kernel(q, k, v, slope, state=None, cu_seqlens=None):
     below 65,504. cu_seqlens on a GPU is read there, without waiting for it: boundaries outside of
     [0, L] are clamped, and tokens that belong to no sequence get undefined outputs.
     """
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device).contiguous()
     state = None if state is None else state.contiguous()
     call = _forward_op if torch.compiler.is_compiling() else _Lightning.apply
     return call(q, k, v, slope.float().contiguous(), state, cu_seqlens)

@@ -494,7 +494,8 @@ class MiniMaxM1(nn.Module):
             logp, entropy = block(h, target)
         else:
             blocks = zip(h.split(rows), target.split(rows))
-            parts = [checkpoint(block, *x, use_reentrant=False) for x in blocks]
+            how = dict(use_reentrant=False, preserve_rng_state=False)
+            parts = [checkpoint(block, *x, **how) for x in blocks]
             logp, entropy = (torch.cat([x.view(-1) for x in column]) for column in zip(*parts))
         logp = logp.view_as(targets)
         return (logp, entropy.view_as(targets)) if with_entropy else logp

@@ -353,6 +353,52 @@ def test_the_kernel_has_the_outputs_states_and_gradients_of_the_definition(case)
     assert attention_error("triton", shape, **choice) < bound
 
 
+def test_launches_that_are_looked_up_serve_only_tensors_that_lie_alike(monkeypatch):
+    """Of one shape: what a launch remembers of the one must not be used for the other."""
+    monkeypatch.setattr(lightning_attn, "_launches", {})
+    scan = mock.Mock(wraps=lightning_attn._scan)
+    monkeypatch.setattr(lightning_attn, "_scan", scan)
+    torch.manual_seed(0)
+    shape, slope, dtype = (1, 20, 2, 16), decay_slopes(2, 0, 8, DEVICE), torch.float32
+
+    def new(*size):
+        return torch.randn(size or shape, device=DEVICE, dtype=dtype)
+
+    def bounds(*ends, kind=torch.int64):
+        return {"cu_seqlens": torch.tensor(ends, dtype=kind, device=DEVICE)}
+
+    wide, spread = new(1, 20, 2, 48), new(1, 2, 20, 16).transpose(1, 2)
+    unaligned, one = new(641)[1:].view(shape), new(1, 20, 1, 16).expand(shape)
+    every_second = torch.tensor([0, 999, 17, 999, 20], device=DEVICE)[::2]
+    cases = [
+        (new(), new(), new(), {}),
+        (new(), new(), spread, {}),
+        (new(), wide[..., :16], new(), {}),
+    ]
+    cases += [(unaligned, new(), new(), {}), (one, new(), new(), {})]
+    cases += [(new(), new(), new(), x) for x in (bounds(0, 7, 7, 20), bounds(0, 20))]
+    cases += [(new(), new(), new(), bounds(0, 9, 11, 20, kind=torch.int32))]
+    cases += [(new(), new(), new(), {"cu_seqlens": every_second})]
+    for q, k, v, how in cases:
+        found = []
+        for impl in ("triton", "recurrent"):
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            o, last = lightning_attention(*leaves, slope, impl=impl, **how)
+            loss = (o * torch.linspace(0, 1, 16, device=DEVICE)).sum() + last.sum()
+            found.append([o, last, *torch.autograd.grad(loss, leaves)])
+        for x, y in zip(*found):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+    assert [len(call.args[0]) for call in scan.call_args_list[:3]] == [1, 1, 2]  # o, dq, dk and dv
+    with monkeypatch.context() as patch:
+        patch.setattr(lightning_attn, "_gpu", lambda _: (132, 232448))
+        x = torch.empty(1, 512, 2, 64)
+        assert (
+            lightning_attn._plan(1, [[x] * 3])[3] and not lightning_attn._plan(1, [[x] * 3] * 2)[3]
+        )
+        x = torch.empty(8, 64, 64, 128, dtype=torch.float16)
+        assert lightning_attn._plan(8, [[x] * 3])[1] == 128
+
+
 def test_a_sequence_full_of_nan_does_not_touch_its_neighbours():
     qkv, slope = torch.randn(3, 1, 100, 2, 16, device=DEVICE), decay_slopes(2, 0, 8, DEVICE)
     qkv[:, :, 40:60] = torch.nan
@@ -1135,25 +1181,29 @@ def test_responses_are_padded_behind_their_end_and_carry_the_log_probs_of_traini
 
 
 def test_demonstrations_packed_to_one_size_give_the_same_gradients(monkeypatch):
-    model, recorded = small_model(router_aux_loss_coef=0.0, vocab_size=272), []
+    model, rng = small_model(router_aux_loss_coef=0.0, vocab_size=272), random.Random(0)
     plain, packed = experience.Imitation(model), experience.Imitation(model)
-    flags, record = settings(moves=3, max_moves=6, eval_problems=3), engine.captured
-    monkeypatch.setattr(engine, "captured", lambda *x: recorded.append(x) or record(*x))
-    sizes = []
-    for seed in range(6):  # of other lengths: what was recorded for the first serves, or does not
-        batch = train_rl.demonstrations(flags, random.Random(seed), TOKENIZER, 6, "cpu")
+    captured, sizes = mock.Mock(wraps=engine.captured), []
+    monkeypatch.setattr(engine, "captured", captured)
+    for longest in (4, 40, 12, 60):  # what was captured for the first serves, or does not
+        rows = [[rng.randrange(256) for _ in range(longest - i)] for i in (0, 3)]
+        batch = experience.make_batch([[1], [2, 3]], rows, [[True] * len(r) for r in rows], "cpu")
         loss, right = plain(batch), [p.grad for p in model.parameters()]
         with monkeypatch.context() as patch:
-            patch.setattr(m1, "has_flash", lambda _: True)
+            patch.setattr(experience, "takes_graph", lambda *_: True)
             found = packed(batch)
         assert worst(found, loss) < 1e-12
         for p, grad in zip(model.parameters(), right):
             torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-12)
         sizes.append(len(packed.inputs[0]))
-    assert 1 <= len(recorded) < 4 and sizes == sorted(sizes)
+    n_tokens = int(batch.mask[:, :-1].sum())
+    assert captured.call_count == 3 and sizes[1] == sizes[2]
+    assert sizes[-1] == n_tokens * 5 // 4 + 1
     tokens, _, learned, ends = experience.packed(batch, 500)
-    n = int(ends[-2])
-    assert torch.equal(tokens, tokens[:n].repeat(500 // n + 1)[:500]) and not learned[n:].any()
+    assert ends.tolist()[-2:] == [n_tokens, 500] and not learned[n_tokens:].any()
+    assert torch.equal(tokens, tokens[:n_tokens].repeat(5)[:500])
+    assert not experience.takes_graph(model, 5)  # on a CPU
+    assert m1._longest(torch.tensor([3, 9]), 99) == 9
 
 
 @pytest.mark.parametrize("temperature, top_p, n", [(1.0, 1.0, 4), (0.5, 1.0, 4), (1.0, 0.8, 2)])
@@ -1506,6 +1556,7 @@ def test_a_cold_start_cools_over_100_steps_and_heats_if_it_unlearns(skills, agai
     assert rates == pytest.approx([3e-3 * 64 / 128 * share for share in shares])
     assert gradients == pytest.approx([-0.75 + 0.25] * len(rates))  # imitation, the router's load
     assert learnt["steps"] == len(rates) and learnt["skill"] == skills[-1]
+    assert all(p.grad is None for p in model.parameters())  # nothing left for RL
 
 
 vector = torch.nn.utils.parameters_to_vector
