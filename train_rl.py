@@ -420,7 +420,7 @@ def load_model(flags, stored, device):
     else:
         with torch.device(device):
             model = new_model(flags)
-    if flags.dtype == "bf16" or (flags.dtype == "auto" and device == "cuda"):
+    if flags.dtype == "bf16" or (flags.dtype == "auto" and device.startswith("cuda")):
         model.compute = torch.bfloat16
     model.recompute = flags.recompute
     return model
@@ -511,9 +511,10 @@ def banner(flags, model, folder):
     moves = "-".join(str(n) for n in (mix.min_moves, mix.moves) if n)
     rhat = f"IS weight in {'[' if low else '('}{low:g}, {high:g}]"
     clip = f"tokens outside the trust region are {'dropped' if masked else 'kept'}"
+    several = f", one of {parallel.size()} processes" if parallel.size() > 1 else ""
     each = f"{flags.prompts} prompts x {flags.group_size} responses"
     return f"""\
-device    {model.device} ({torch.get_num_threads()} threads), torch {torch.__version__}
+device    {model.device} ({torch.get_num_threads()} threads), torch {torch.__version__}{several}
 model     {flags.init or flags.preset or "tiny"}: {size}
 weights   fp32, products and rollouts {str(model.dtype).removeprefix("torch.")}
 attention {": ".join(choose_impl(head, head))}
@@ -603,12 +604,15 @@ def main(argv=None):
     """Train, or score a finished run with --eval. Returns the summary."""
     flags = read_flags(argv)
     if flags.eval is None:
-        return train(flags)
+        summary = train(flags)
+        parallel.finish()
+        return summary
     device = parallel.start(choose_device(flags, flags.eval))
     model = load_model(flags, flags.eval, device)
     scores = evaluate(model, Tokenizer.of(model.config), flags)
     told = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"{checkpoint.checkpoint_dir(flags.eval)}: {told}")
+    parallel.finish()
     return scores
 
 
