@@ -66,7 +66,9 @@ def parse(flags, argv, description, default=None):
             return read()
     except SystemExit:
         text = re.sub(r"[─╭╮╰╯]+|-{5,}", " ", said.getvalue()).partition("For full helptext")[0]
-        text = re.sub(r"Error parsing [\w -]+: (?=--)", "", text.partition("Argument helptext")[0])
+        text = re.sub(
+            r"Error parsing (\w+: |[\w -]+: (?=--))", "", text.partition("Argument helptext")[0]
+        )
         lines = [line.strip(" │") for line in text.splitlines()]
         message = " ".join(" ".join(line.split()) for line in lines[1:] if line)
         told = f"{Path(sys.argv[0]).name}: {message[:2000]}; --help lists what is allowed"
@@ -173,7 +175,8 @@ def read_text(path, most=2**28):
     """The content of a text file of at most `most` bytes; ValueError says why there is none."""
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; a model or run folder has one")
+        known = "give a run such as runs/tiny-cispo-001 or a model's folder"
+        raise ValueError(f"{path} does not exist; {known}")
     if not path.is_file():  # a pipe would wait for ever
         raise ValueError(f"{path} is no file")
     if path.stat().st_size > most:
@@ -234,6 +237,10 @@ def command_line(main):
             raise SystemExit(1) from None
         except (ValueError, OSError) as error:
             code, message = 2, str(error)
+        except RuntimeError as error:
+            if not re.search("gloo|NCCL", str(error)):  # of PyTorch, when a process has ended
+                raise
+            code, message = 2, f"lost the other processes: {error}"
         except KeyboardInterrupt as stop:
             code, message = 130, str(stop) or "stopped"
         message = " ".join(message[:5000].split())
