@@ -1779,57 +1779,46 @@ def processes(n, script, flags):
     return subprocess.run([*torchrun, f"--nproc_per_node={n}", script, *flags.split()], **how)
 
 
-@pytest.fixture(scope="module")
-def several(start, tmp_path_factory):
-    """Folders of one run, of 1, 2 and 3 processes."""
-    folder = tmp_path_factory.mktemp("several")
-    script, flags = folder / "wide.py", f"{start} --steps 2 --prompts 6 --group-size 4"
-    script.write_text(WIDE)
-    flags += " --eval-problems 5 --checkpoint-every 1 --updates-per-rollout 2"
-    with pytest.MonkeyPatch.context() as patch:
-        real = train_rl.load_model
-        patch.setattr(train_rl, "load_model", lambda *x: real(*x).double())
-        train_rl.main(f"{flags} --out {folder / '1'}".split())
-    for n, more in ((2, ""), (3, "--micro-tokens 40")):
-        done = processes(n, script, f"{flags} --out {folder / str(n)} {more}")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("see ") == 1  # the first process speaks
-    return folder
-
-
-@pytest.mark.parametrize("n", [2, 3])
-def test_several_processes_take_the_steps_of_one(several, n):
-    one, all_ = (runlog.read_log(several / name / "log.csv") for name in ("1", str(n)))
-    assert len(one) == 3 and one[-1]["updates"] == 2
-    for row, other in zip(one, all_, strict=True):
-        same = row.keys() - {"seconds", *runlog.TIMES}
-        assert {x: other[x] for x in same} == pytest.approx({x: row[x] for x in same}, rel=1e-5)
-    ends = [several / name / "step-000002" for name in ("1", str(n))]
-    for p, q in zip(*(load_pretrained(end).parameters() for end in ends)):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
-    drops = [(several / name / "dropped.csv").read_text() for name in ("1", str(n))]
-    assert drops[0] == drops[1]
-
-
-def test_a_run_of_two_processes_goes_on_in_two_or_in_one_with_the_same_step(several, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(several / "2", folder)
+def test_several_processes_take_the_steps_of_one_and_go_on_with_any_number(start, tmp_path):
+    """The first step by two processes, the second by three, in small passes, or by one."""
+    flags = f"{start} --prompts 6 --group-size 4 --updates-per-rollout 2 --eval-problems 5 --steps"
+    alone, two, three, one = (tmp_path / name for name in ("alone", "two", "three", "one"))
     script = tmp_path / "wide.py"
     script.write_text(WIDE)
-    done = processes(2, script, f"--resume {folder} --steps 3")
+
+    def by_one(flags):
+        with pytest.MonkeyPatch.context() as patch:
+            real = train_rl.load_model
+            patch.setattr(train_rl, "load_model", lambda *x: real(*x).double())
+            train_rl.main(flags.split())
+
+    def same(step, *folders):
+        logs = [runlog.read_log(folder / "log.csv")[: step + 1] for folder in folders]
+        assert logs[0][step]["updates"] == 2
+        for row, other in zip(*logs, strict=True):
+            names = row.keys() - {"seconds", *runlog.TIMES}
+            assert {x: other[x] for x in names} == pytest.approx({x: row[x] for x in names}, 1e-5)
+        told, drops = (
+            [(x / name).read_text() for x in folders] for name in ("samples.txt", "dropped.csv")
+        )
+        assert told[0] == told[1] and drops[0] == drops[1]
+        ends = [folder / f"step-{step:06d}" for folder in folders]
+        for p, q in zip(*(load_pretrained(end).parameters() for end in ends)):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+        states = [torch.load(end / "trainer.pt")["optimizer"]["state"] for end in ends]
+        for number, moments in states[0].items():
+            torch.testing.assert_close(moments, states[1][number], rtol=1e-9, atol=1e-15)
+
+    by_one(f"{flags} 1 --out {alone}")
+    done = processes(2, script, f"{flags} 1 --out {two}")
+    assert done.returncode == 0 and done.stdout.count("see ") == 1, done.stderr  # the first speaks
+    same(1, alone, two)
+    shutil.copytree(two, one)
+    shutil.copytree(two, three)
+    by_one(f"--resume {one} --steps 2")
+    done = processes(3, script, f"--resume {three} --steps 2 --micro-tokens 40")
     assert done.returncode == 0, done.stderr
-    one = tmp_path / "one"
-    shutil.copytree(several / "2", one)
-    with pytest.MonkeyPatch.context() as patch:
-        real = train_rl.load_model
-        patch.setattr(train_rl, "load_model", lambda *x: real(*x).double())
-        train_rl.main(f"--resume {one} --steps 3".split())
-    ends = [load_pretrained(x / "step-000003").parameters() for x in (folder, one)]
-    for p, q in zip(*ends):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
-    ends = [torch.load(x / "step-000003/trainer.pt")["optimizer"]["state"] for x in (folder, one)]
-    for own, other in zip(*(state.values() for state in ends), strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-15)
+    same(2, one, three)
 
 
 def test_processes_refuse_groups_too_small_to_share_and_flags_that_differ(monkeypatch):
