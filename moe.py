@@ -70,7 +70,8 @@ class MoE(nn.Module):
         weight = weight / weight.sum(-1, keepdim=True)
         if self.capacity and with_routing:
             weight = weight * self.within_capacity(chosen, mask)
-        out = getattr(self, form)(flat, weight.to(x.dtype), chosen)
+        out = self.exchanged if parallel.in_parts(self.w1) else getattr(self, form)
+        out = out(flat, weight.to(x.dtype), chosen)
         return out.view_as(x), self.routing(probs, chosen, mask) if with_routing else None
 
     def best_form(self, x):
@@ -83,36 +84,50 @@ class MoE(nn.Module):
             return "grouped_mm" if aligned else "dense" if len(x) <= 2048 else "grouped"
         return "dense" if len(x) <= 512 and self.w1.numel() <= 2**17 else "grouped"
 
+    def experts(self):
+        """The matrices of the experts that this process holds: all, but for several processes."""
+        return [parallel.own(w) for w in (self.w1, self.w3, self.w2)]
+
+    def exchanged(self, x, weight, chosen):
+        """Where several processes hold some experts each: rows go to theirs and come back."""
+        token, place, ends = plan(chosen, len(self.w1))
+        rows, expert, back = parallel.exchange(x.index_select(0, token), ends)
+        y = getattr(self, self.best_form(rows))(rows, torch.ones_like(rows[:, :1]), expert[:, None])
+        y = back(y).index_select(0, place).view(*chosen.shape, -1)
+        return (y * weight[..., None]).sum(1)
+
     def loop(self, x, weight, chosen):
         """The definition, expert by expert. x (T, D), weight and chosen (T, k) -> (T, D)."""
         out = torch.zeros_like(x)
-        for e in range(len(self.w1)):
+        for e, experts in enumerate(zip(*self.experts())):
             token, slot = (chosen == e).nonzero(as_tuple=True)
-            w1, w3, w2 = (w[e].to(x.dtype) for w in (self.w1, self.w3, self.w2))
+            w1, w3, w2 = (w.to(x.dtype) for w in experts)
             y = swiglu(x[token] @ w1.T, x[token] @ w3.T) @ w2
             out = out.index_add(0, token, y * weight[token, slot, None])
         return out
 
     def grouped(self, x, weight, chosen):
         """Choices sorted by expert, so that each expert's tokens are one slice."""
+        matrices = [w.to(x.dtype) for w in self.experts()]
         order = chosen.flatten().argsort(stable=True)
-        token = order // self.top_k
-        counts = chosen.flatten().bincount(minlength=len(self.w1)).tolist()
+        token = order // chosen.shape[1]
+        counts = chosen.flatten().bincount(minlength=len(matrices[0])).tolist()
         slices = x.index_select(0, token).split(counts)
-        experts = zip(slices, *(w.to(x.dtype).unbind() for w in (self.w1, self.w3, self.w2)))
+        experts = zip(slices, *(w.unbind() for w in matrices))
         y = torch.cat([swiglu(part @ w1.T, part @ w3.T) @ w2 for part, w1, w3, w2 in experts])
         y = y * weight.flatten().index_select(0, order)[:, None]
         return torch.zeros_like(x).index_add(0, token, y)
 
     def grouped_mm(self, x, weight, chosen):
         """`grouped` in three products; where an expert's rows end stays on the device."""
-        rows = plan(chosen, len(self.w1))
-        return _Planned.apply(x, weight, self.w1, self.w3, self.w2, *rows)
+        experts = self.experts()
+        return _Planned.apply(x, weight, *experts, *plan(chosen, len(experts[0])))
 
     def dense(self, x, weight, chosen):
         """Every expert on every token, as one wide expert: wasteful, but few large operations."""
-        E, F_, D = self.w1.shape
-        w1, w3, w2 = (w.to(x.dtype).view(-1, D) for w in (self.w1, self.w3, self.w2))
+        experts = self.experts()
+        E, F_, D = experts[0].shape
+        w1, w3, w2 = (w.to(x.dtype).view(-1, D) for w in experts)
         scale = torch.zeros(len(x), E, dtype=x.dtype, device=x.device).scatter(1, chosen, weight)
         hidden = swiglu(x @ w1.T, x @ w3.T)
         return (hidden.view(-1, E, F_) * scale[..., None]).view(-1, E * F_) @ w2

@@ -6,11 +6,12 @@ function here gives back what it got, and nothing changes to the bit.
     every rank   has all problems, responses, rewards and batches, which are small
     each rank    answers its share of the prompts, and learns from its share of a slice's rows
     over ranks   a parameter, its gradient and its moments lie in parts (FSDP2); a layer's are
-                 gathered while it computes, and gradients of the parts are summed
+                 gathered while it computes, and gradients of the parts are summed; experts stay
+                 where they are, and rows travel to them (expert parallel)
 
     1. Processes     start, finish, rank, size, first
     2. Shares        share, together, rows, totals, somewhere
-    3. A model       shard, whole, on_first, part_like, clip
+    3. A model       shard, own, exchange, whole, on_first, part_like, clip
 """
 
 import os
@@ -122,20 +123,29 @@ def shard(model):
     """Cut every parameter into parts, one for each rank, all from the weights of the first.
 
     model.layers are gathered one after the other, the rest of the parameters stays gathered from
-    model.hidden to the end of the backward pass. Gradients are summed, not averaged: losses have
-    their normalisers over all ranks.
+    model.hidden to the end of the backward pass. Experts, where the ranks divide their number, stay
+    where they are: rows travel, see exchange. Gradients are summed, not averaged: losses have their
+    normalisers over all ranks.
     """
     if size() == 1:
         return model
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     for p in model.parameters():
         dist.broadcast(p.data, 0)
-    mesh = init_device_mesh(model.device.type, (size(),))
+    mesh, experts = init_device_mesh(model.device.type, (size(),)), set()
+    if model.config.num_local_experts % size() == 0:
+        for layer in model.layers:
+            moe = layer.block_sparse_moe
+            for name in ("w1", "w3", "w2"):
+                p = distribute_tensor(getattr(moe, name).data, mesh, [Shard(0)], src_data_rank=None)
+                setattr(moe, name, torch.nn.Parameter(p))
+                experts.add(getattr(moe, name))
     for module in (*model.layers, model):
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, ignored_params=experts)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden")
@@ -145,6 +155,32 @@ def shard(model):
 def in_parts(x):
     """Whether a tensor is one that lies in parts."""
     return hasattr(x, "full_tensor")
+
+
+def own(x):
+    """What this rank holds of a tensor that lies in parts, for a product with it."""
+    return x.to_local(grad_placements=x.placements) if in_parts(x) else x
+
+
+def exchange(rows, ends):
+    """Send rows (n, D), sorted by expert, which end at ends (E,), to the ranks of their experts.
+
+    Returns the rows that came (m, D), which of this rank's experts each is for (m,), and a function
+    that sends rows of theirs back, to where they were. Differentiable.
+    """
+    import torch.distributed as dist
+    from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+    def send(x, arriving, leaving):
+        return all_to_all_single_autograd(x.contiguous(), arriving, leaving, dist.group.WORLD)
+
+    counts = ends.diff(prepend=ends.new_zeros(1)).long()
+    coming = torch.empty_like(counts)
+    dist.all_to_all_single(coming, counts)
+    leaving, arriving = (x.view(size(), -1).sum(1).tolist() for x in (counts, coming))
+    number = torch.arange(len(ends) // size(), device=rows.device).repeat(size())
+    expert = number.repeat_interleave(coming, output_size=sum(arriving))
+    return send(rows, arriving, leaving), expert, lambda y: send(y, leaving, arriving)
 
 
 def whole(x):
