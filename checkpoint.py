@@ -139,7 +139,8 @@ def load_trainer(path, optimizer, curriculum, device):
     check_sums(path, [file.name])
     how = "let the run's file `latest` name an older checkpoint"
     try:
-        state = torch.load(file, map_location=device, weights_only=True)
+        at = device if parallel.size() == 1 else "cpu"  # whole; this process takes its parts
+        state = torch.load(file, map_location=at, weights_only=True)
         if not fits(state, dict) or state.keys() != {"step", "seconds", "optimizer", "curriculum"}:
             raise ValueError("it does not hold what a run saves")
         step, seconds = state["step"], state["seconds"]

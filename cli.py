@@ -214,7 +214,7 @@ def writing(path, *kinds):
 def write_file(path, text):
     """Write a text file so that at any moment the old or the new content is there, whole."""
     path = Path(path)
-    draft = path.with_name(f".{path.name}.writing")
+    draft = path.with_name(f".{path.name}.writing-{os.getpid()}")
     with writing(path):
         draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
@@ -241,6 +241,9 @@ def command_line(main):
             if not re.search("gloo|NCCL", str(error)):  # of PyTorch, when a process has ended
                 raise
             code, message = 2, f"lost the other processes: {error}"
+            name = f"{Path(sys.argv[0]).name}, process {os.environ.get('RANK', '0')}"
+            print(f"{name}: {' '.join(message[:500].split())}", file=sys.stderr, flush=True)
+            os._exit(2)  # what is left of their group would abort
         except KeyboardInterrupt as stop:
             code, message = 130, str(stop) or "stopped"
         message = " ".join(message[:5000].split())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 import time
 import zlib
 from statistics import fmean
@@ -142,7 +143,8 @@ class Imitation:
     """The loss on a batch of demonstrations and its gradients, in place of earlier ones.
 
     On one GPU a call replays one CUDA graph: a step of `base` is 2,400 small kernels, which Python
-    starts in 100 ms and the GPU does in 30. Batches, all of as many rows, are packed to one size.
+    starts in 100 ms and the GPU does in 30. Batches, all of as many rows, are packed to one size;
+    what fills them up counts in the router's loss (0.001 times), so only there a step differs.
     """
 
     def __init__(self, model):
@@ -240,7 +242,8 @@ def _respond(model, tokenizer, problems, group_size, how):
             scores.append(tasks.score(problem, text, ended))
         except (Exception, SystemExit) as error:  # a verifier's bug costs a reward, not the run
             where = f"the verifier crashed on {problem.prompt!r} ({problem.task})"
-            tqdm.write(f"{where}, which earns nothing: {short(error)}")
+            said = f"{where}, which earns nothing: {short(error)}"
+            tqdm.write(said, file=None if parallel.first() else sys.stderr)
             scores.append(tasks.CRASHED)
     return rollout, scores
 
@@ -255,6 +258,7 @@ def scored(model, tokenizer, problems, seeds, group_size=1, **how):
     """respond in pieces of 64 problems, each with a seed of its own, made of `seeds`:
     ([Score], [tokens]).
     """
+    model = engine.rollout_weights(model)
     scores, lengths, size = [], [], 64  # larger batches fall out of a CPU's cache
     for start in range(0, len(problems), size):
         piece, seed = problems[start : start + size], substream(*seeds, start)

@@ -92,7 +92,8 @@ class MoE(nn.Module):
         """Where several processes hold some experts each: rows go to theirs and come back."""
         token, place, ends = plan(chosen, len(self.w1))
         rows, expert, back = parallel.exchange(x.index_select(0, token), ends)
-        y = getattr(self, self.best_form(rows))(rows, torch.ones_like(rows[:, :1]), expert[:, None])
+        form = self.best_form(rows) if len(rows) else "loop"  # kernels take no empty batch
+        y = getattr(self, form)(rows, torch.ones_like(rows[:, :1]), expert[:, None])
         y = back(y).index_select(0, place).view(*chosen.shape, -1)
         return (y * weight[..., None]).sum(1)
 
@@ -152,8 +153,8 @@ class MoE(nn.Module):
         hit = torch.zeros_like(probs).scatter(1, chosen, 1.0)
         if mask is not None:
             probs, hit = probs[mask.flatten()], hit[mask.flatten()]
-        hits, n = parallel.totals(hit.sum(0), len(hit))
-        load, prob = hits / max(n, 1), probs.sum(0) / max(n, 1)
+        hits, n = parallel.totals(hit.sum(0), max(len(hit), 1))
+        load, prob = hits / n, probs.sum(0) / n
         return Routing(len(load) * (load * prob).sum(), load, prob)
 
 
@@ -236,7 +237,7 @@ def sum_rows(y, place, weight, dtype=None):
     if triton is None or not (y.is_cuda or y.ndim == 3) or y.dtype == torch.float64:
         return (y.index_select(0, place).view(T, k, D) * weight[..., None].to(y.dtype)).sum(1)
     out = torch.empty(T, D, dtype=dtype or y.dtype, device=y.device)
-    S = y[0].numel() // D
+    S = y.shape[1] if y.ndim == 3 else 1
     with torch.cuda.device_of(y):
         _sum_rows[(T, triton.cdiv(D, 1024))](y, place, weight, out, D, k, S, 1024)
     return out

@@ -8,6 +8,7 @@ function here gives back what it got, and nothing changes to the bit.
     over ranks   a parameter, its gradient and its moments lie in parts (FSDP2); a layer's are
                  gathered while it computes, and gradients of the parts are summed; experts stay
                  where they are, and rows travel to them (expert parallel)
+    answers      are drawn from a whole copy of the weights on every rank
 
     1. Processes     start, finish, rank, size, first
     2. Shares        share, together, rows, totals, somewhere
@@ -16,6 +17,7 @@ function here gives back what it got, and nothing changes to the bit.
 
 import os
 import sys
+from datetime import timedelta
 
 from cli import torch
 
@@ -57,7 +59,8 @@ def start(device):
         device = f"cuda:{here}"
         torch.cuda.set_device(here)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # for the slowest answer
     return device
 
 

@@ -166,7 +166,15 @@ class Run:
     @classmethod
     def new(cls, out, name):
         """The run of a new folder, see new_folder; of several processes the first makes it."""
-        [folder] = parallel.together([new_folder(out, name)] if parallel.first() else [])
+        folder = []
+        if parallel.first():
+            try:
+                folder = [new_folder(out, name)]
+            except (ValueError, OSError) as error:
+                folder = [error]
+        [folder] = parallel.together(folder)
+        if isinstance(folder, Exception):
+            raise folder
         return cls(folder)
 
     @property
@@ -207,7 +215,8 @@ class Run:
 
     def steps(self, last):
         """The numbers of the steps to do, up to `last`; KeyboardInterrupt when asked to stop."""
-        bar = tqdm(total=last, initial=max(self.step, 0), desc="RL", unit="step", disable=None)
+        silent = None if parallel.first() else True  # None: where there is no terminal
+        bar = tqdm(total=last, initial=max(self.step, 0), desc="RL", unit="step", disable=silent)
         with bar:
             while self.step < last:
                 if parallel.somewhere(self.stopping):

@@ -1396,6 +1396,7 @@ def answer(patch, rewards, **changes):
         r = engine.Rollout(tokens, -tokens / 100, tokens >= 0, 4 + 0 * tokens[:, 0], ["eos"] * 99)
         return r._replace(**changes), scores
 
+    patch.setattr(engine, "rollout_weights", lambda model: model)
     for module in (experience, train_rl):
         patch.setattr(module, "respond", respond)
     return calls

@@ -212,6 +212,7 @@ def demonstrations(flags, rng, tokenizer, n, device):
     return make_batch(prompts, responses, learned, device)
 
 
+DEMONSTRATIONS = 48  # of a step
 ADAM_EPS = 1e-15  # report sec. 3.2: gradients go down to 1e-18, and 1e-8 would swallow them
 
 
@@ -229,7 +230,7 @@ def clip(model, max_norm):
     return norm
 
 
-def cold_start(model, tokenizer, flags, batch_size=48):
+def cold_start(model, tokenizer, flags, batch_size=DEMONSTRATIONS):
     """Imitate demonstrations until forced chains are right, then cool the learning rate down.
 
     The moment at which chains click differs from seed to seed, so the gate is skill, not a number
@@ -240,7 +241,8 @@ def cold_start(model, tokenizer, flags, batch_size=48):
     top_lr, imitate = 3e-3 * 64 / model.config.hidden_size, Imitation(model)
     optimizer, warmup, cooldown, every = make_optimizer(model), 30, 100, 50
     skill, stop = 0.0, flags.cold.sft_steps
-    bar = tqdm(total=stop, desc="cold start", unit="step", disable=None)
+    silent = None if parallel.first() else True  # None: where there is no terminal
+    bar = tqdm(total=stop, desc="cold start", unit="step", disable=silent)
     for step in range(1, flags.cold.sft_steps + 1):
         batch = demonstrations(flags, rng, tokenizer, batch_size, model.device)
         loss = imitate(batch)
@@ -429,6 +431,8 @@ def load_model(flags, stored, device):
 def check_processes(flags):
     """ValueError unless all processes have the same flags and each a row of every group."""
     n = parallel.size()
+    if n > DEMONSTRATIONS:
+        raise ValueError(f"{n} processes are more than the {DEMONSTRATIONS} that can share a batch")
     if n > flags.group_size:
         found = f"--group-size {flags.group_size}"
         raise ValueError(f"{n} processes need a group of at least {n} responses, found {found}")
