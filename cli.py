@@ -72,7 +72,7 @@ def parse(flags, argv, description, default=None):
         lines = [line.strip(" │") for line in text.splitlines()]
         message = " ".join(" ".join(line.split()) for line in lines[1:] if line)
         told = f"{Path(sys.argv[0]).name}: {message[:2000]}; --help lists what is allowed"
-        if os.environ.get("RANK", "0") == "0":  # all processes have these flags
+        if _process() == 0:  # all processes have these flags
             print(told, file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -220,6 +220,17 @@ def write_file(path, text):
         os.replace(draft, path)
 
 
+def _process():
+    """The number of this process among several, see parallel.py, which begins with this room."""
+    return int(os.environ.get("RANK", 0))
+
+
+def _tell(message):
+    """A line on stderr; of several processes, those but the first say which they are."""
+    name = Path(sys.argv[0]).name + (f", process {_process()}" if _process() else "")
+    print(f"{name}: {' '.join(message[:5000].split())[:2000]}", file=sys.stderr, flush=True)
+
+
 def command_line(main):
     """Decorator of main(argv=None): a ValueError or OSError becomes one line on stderr and exit
     code 2, a KeyboardInterrupt one line and 130.
@@ -240,17 +251,12 @@ def command_line(main):
         except RuntimeError as error:
             if not re.search("gloo|NCCL", str(error)):  # of PyTorch, when a process has ended
                 raise
-            code, message = 2, f"lost the other processes: {error}"
-            name = f"{Path(sys.argv[0]).name}, process {os.environ.get('RANK', '0')}"
-            print(f"{name}: {' '.join(message[:500].split())}", file=sys.stderr, flush=True)
+            _tell(f"lost the other processes: {error}")
             os._exit(2)  # what is left of their group would abort
         except KeyboardInterrupt as stop:
             code, message = 130, str(stop) or "stopped"
-        message = " ".join(message[:5000].split())
-        process = os.environ.get("RANK", "0")  # of several: torchrun then ends the others
-        if process == "0" or code == 2:
-            name = Path(sys.argv[0]).name + (f", process {process}" if process != "0" else "")
-            print(f"{name}: {message[:2000]}", file=sys.stderr)
+        if code == 2 or _process() == 0:  # a wish to stop reaches all processes
+            _tell(message)
         raise SystemExit(code)
 
     return wrapped

@@ -143,7 +143,7 @@ class Imitation:
     """The loss on a batch of demonstrations and its gradients, in place of earlier ones.
 
     On one GPU a call replays one CUDA graph: a step of `base` is 2,400 small kernels, which Python
-    starts in 100 ms and the GPU does in 30. Batches, all of as many rows, are packed to one size;
+    starts in 100 ms and the GPU does in 34. Batches, all of as many rows, are packed to one size;
     what fills them up counts in the router's loss (0.001 times), so only there a step differs.
     """
 
@@ -152,7 +152,7 @@ class Imitation:
 
     def __call__(self, batch):
         n_tokens = int(batch.mask[:, :-1].sum())
-        if parallel.size() > 1 or not takes_graph(self.model, n_tokens):
+        if parallel.size() > 1 or not capturable(self.model, n_tokens):
             return self._plain(batch)
         if self.graph is None or n_tokens >= len(self.inputs[0]):
             self.graph, self.inputs = None, packed(batch, n_tokens * 5 // 4 + 1)
@@ -184,7 +184,7 @@ class Imitation:
         return loss.detach()
 
 
-def takes_graph(model, n_tokens):
+def capturable(model, n_tokens):
     """Whether a training step of so many tokens asks the device nothing, so a graph can hold it."""
     from lightning_attn import choose_impl
 

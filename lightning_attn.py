@@ -277,29 +277,19 @@ def _scan_kernel(
     v0 = part * BV
     BK: tl.constexpr = triton.next_power_of_2(K)
     h, g, n = pid % H, pid // H % n_segments, pid // (H * n_segments)
-    row, start, n_tokens = n, 0, L  # row of the batch, first token in it
-    if cu_seqlens is not None:
-        row, start = 0, tl.minimum(tl.maximum(tl.load(cu_seqlens + n), 0), L).to(tl.int32)
-        n_tokens = tl.minimum(tl.load(cu_seqlens + n + 1), L).to(tl.int32) - start
+    row, start, n_tokens = _sequence(cu_seqlens, n, L)
     begin = g * segment  # counted in the direction of the walk
     m_segment = tl.maximum(tl.minimum(segment, n_tokens - begin), 0)
     if not OUTPUT:
         m_segment = tl.where(g < n_segments - 1, m_segment, 0)  # nobody asks for the last state
 
-    # Decay tables.
-    rate = tl.load(slope + h)
+    rate, r = tl.load(slope + h), tl.arange(0, C)
     rate2 = rate * 1.4426950408889634  # exp(-rate n) = exp2(-rate2 n)
-    r = tl.arange(0, C)
     u = tl.where(REVERSE, C - 1 - r, r)
-    gap = u[None, :] - u[:, None]
-    mask = tl.where(gap >= 0, tl.exp2(-rate2 * tl.maximum(gap, 0)), 0.0)  # (j, u)
-    read = tl.exp2(-rate2 * (u + 1 - REVERSE))[None, :]
-    write = tl.exp2(-rate2 * (C - 1 - u + REVERSE))[None, :]
-    if FLAT:  # adding zeros lays it out as tensor cores hold c^T lam^..: no trip to shared memory
-        write += tl.dot(tl.zeros([BV, C], dtype=tl.bfloat16), tl.zeros([C, C], dtype=tl.bfloat16))
+    mask, read, write = _tables(rate2, u, REVERSE, BV, C, FLAT)
     forget = _forget_kernel(rate, C)
 
-    # The state at the head of the segment: the first state, then what the segments before wrote.
+    # The state at the head of the segment.
     vs, ks = v0 + tl.arange(0, BV)[:, None], tl.arange(0, BK)[None, :]
     inside = (vs < V) & (ks < K)
     at_state = tl.where(flip, ks + vs * K, ks * V + vs)
@@ -309,10 +299,7 @@ def _scan_kernel(
             first += (n * H + h).to(tl.int64) * K * V
             S = tl.load(first + at_state, mask=inside, other=0.0)
         if local is not None:
-            forget_segment = _forget_kernel(rate, segment)
-            for j in tl.range(0, g, loop_unroll_factor=2):
-                added = local + ((n * n_segments + j) * H + h).to(tl.int64) * K * V
-                S += tl.load(added + vs * K + ks, mask=inside, other=0.0) - forget_segment * S
+            S = _add_segments(S, local, rate, segment, n, n_segments, g, h, H, K, V, vs, ks)
 
     # The first chunk takes what whole chunks leave over, m < C tokens; other rows count as zeros.
     m = m_segment % C
@@ -354,6 +341,41 @@ def _scan_kernel(
         if ends & (flip == 0):
             last += (n * H + h).to(tl.int64) * K * V
             tl.store(last + at_state, S, mask=inside)
+
+
+@jit
+def _sequence(cu_seqlens, n, L):
+    """Sequence n: its row of the batch, its first token there, how many it has."""
+    row, start, n_tokens = n, 0, L
+    if cu_seqlens is not None:
+        row, start = 0, tl.minimum(tl.maximum(tl.load(cu_seqlens + n), 0), L).to(tl.int32)
+        n_tokens = tl.minimum(tl.load(cu_seqlens + n + 1), L).to(tl.int32) - start
+    return row, start, n_tokens
+
+
+@jit
+def _tables(rate2, u, REVERSE: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FLAT: tl.constexpr):
+    """Decays inside of a chunk (j, u), of the older state (1, u), and of what is written (1, u)."""
+    gap = u[None, :] - u[:, None]
+    mask = tl.where(gap >= 0, tl.exp2(-rate2 * tl.maximum(gap, 0)), 0.0)
+    read = tl.exp2(-rate2 * (u + 1 - REVERSE))[None, :]
+    write = tl.exp2(-rate2 * (C - 1 - u + REVERSE))[None, :]
+    if FLAT:  # adding zeros lays it out as tensor cores hold c^T lam^..: no trip to shared memory
+        write += tl.dot(tl.zeros([BV, C], dtype=tl.bfloat16), tl.zeros([C, C], dtype=tl.bfloat16))
+    return mask, read, write
+
+
+@jit
+def _add_segments(
+    S, local, rate, segment, n, n_segments, g, h, H, K: tl.constexpr, V: tl.constexpr, vs, ks
+):
+    """S^T after segments 0 .. g - 1, each of which decays it and adds its own, see `local`."""
+    forget = _forget_kernel(rate, segment)
+    for j in tl.range(0, g, loop_unroll_factor=2):
+        added = local + ((n * n_segments + j) * H + h).to(tl.int64) * K * V
+        inside = (vs < V) & (ks < K)
+        S += tl.load(added + vs * K + ks, mask=inside, other=0.0) - forget * S
+    return S
 
 
 @jit

@@ -10,11 +10,12 @@ function here gives back what it got, and nothing changes to the bit.
                  where they are, and rows travel to them (expert parallel)
     answers      are drawn from a whole copy of the weights on every rank
 
-    1. Processes     start, finish, rank, size, first
+    1. Processes     rank, size, first, by_first, no_bar, start, finish
     2. Shares        share, together, rows, totals, somewhere
-    3. A model       shard, own, exchange, whole, on_first, part_like, clip
+    3. A model       shard, in_parts, own, exchange, whole, on_first, part_like, clip
 """
 
+import functools
 import os
 import sys
 from datetime import timedelta
@@ -39,6 +40,16 @@ def size():
 def first():
     """Whether this process writes files and prints."""
     return rank() == 0
+
+
+def by_first(function):
+    """Decorator: the first process does this; others do nothing, and get None."""
+    return functools.wraps(function)(lambda *x, **how: function(*x, **how) if first() else None)
+
+
+def no_bar():
+    """tqdm's `disable`: True for all but the first process, whose bar needs a terminal (None)."""
+    return None if first() else True
 
 
 def start(device):

@@ -215,8 +215,8 @@ class Run:
 
     def steps(self, last):
         """The numbers of the steps to do, up to `last`; KeyboardInterrupt when asked to stop."""
-        silent = None if parallel.first() else True  # None: where there is no terminal
-        bar = tqdm(total=last, initial=max(self.step, 0), desc="RL", unit="step", disable=silent)
+        how = dict(desc="RL", unit="step", disable=parallel.no_bar())
+        bar = tqdm(total=last, initial=max(self.step, 0), **how)
         with bar:
             while self.step < last:
                 if parallel.somewhere(self.stopping):
@@ -226,28 +226,25 @@ class Run:
                 self.step += 1
                 bar.update(self.step > 0)
 
+    @parallel.by_first
     def begin(self, samples):
         """The files that steps add to. samples: text."""
-        if not parallel.first():
-            return
         write_file(self.folder / "samples.txt", f"after the cold start\n{samples}")
         write_file(self.folder / "log.csv", ",".join(COLUMNS) + "\n")
         write_file(self.folder / "dropped.csv", ",".join(DROPPED) + "\n")
 
+    @parallel.by_first
     def describe(self, **facts):
         """Put facts into run.json, beside those that are there."""
-        if not parallel.first():
-            return
         file = self.folder / "run.json"
         record = read_json(file) if file.exists() else {}
         write_file(file, json.dumps(record | facts, indent=2) + "\n")
 
+    @parallel.by_first
     def log(self, row, drops=(), line=""):
         """A step's row for log.csv, rows of dropped.csv, and the line that is printed."""
         row = row | {"seconds": time.perf_counter() - self.step_start}
         rounded = {k: float(f"{x:.6g}") if isinstance(x, float) else x for k, x in row.items()}
-        if not parallel.first():
-            return
         _append(self.folder / "dropped.csv", DROPPED, drops)
         _append(self.folder / "log.csv", COLUMNS, [rounded])
         tqdm.write(f"{line}  {row['seconds']:.1f} s")
@@ -369,14 +366,13 @@ def show_drops(path, n=8):
     return text if groups else text + "  none\n"
 
 
+@parallel.by_first
 def finish(run, samples, title, compare):
     """samples.txt, curves.png and summary.json of a finished run; prints and returns the summary.
 
     samples: text after the last step. compare: whether the run has the settings of the reference
     seeds.
     """
-    if not parallel.first():
-        return None
     folder, log = run.folder, read_log(run.folder / "log.csv")
     before = read_text(folder / "samples.txt").split("\nafter ")[0]
     after = f"\nafter {run.step} RL steps\n{samples}" + show_drops(folder / "dropped.csv")

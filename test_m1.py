@@ -1190,7 +1190,7 @@ def test_demonstrations_packed_to_one_size_give_the_same_gradients(monkeypatch):
         batch = experience.make_batch([[1], [2, 3]], rows, [[True] * len(r) for r in rows], "cpu")
         loss, right = plain(batch), [p.grad for p in model.parameters()]
         with monkeypatch.context() as patch:
-            patch.setattr(experience, "takes_graph", lambda *_: True)
+            patch.setattr(experience, "capturable", lambda *_: True)
             found = packed(batch)
         assert worst(found, loss) < 1e-12
         for p, grad in zip(model.parameters(), right):
@@ -1202,7 +1202,7 @@ def test_demonstrations_packed_to_one_size_give_the_same_gradients(monkeypatch):
     tokens, _, learned, ends = experience.packed(batch, 500)
     assert ends.tolist()[-2:] == [n_tokens, 500] and not learned[n_tokens:].any()
     assert torch.equal(tokens, tokens[:n_tokens].repeat(5)[:500])
-    assert not experience.takes_graph(model, 5)  # on a CPU
+    assert not experience.capturable(model, 5)  # on a CPU
     assert m1._longest(torch.tensor([3, 9]), 99) == 9
 
 

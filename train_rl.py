@@ -241,8 +241,7 @@ def cold_start(model, tokenizer, flags, batch_size=DEMONSTRATIONS):
     top_lr, imitate = 3e-3 * 64 / model.config.hidden_size, Imitation(model)
     optimizer, warmup, cooldown, every = make_optimizer(model), 30, 100, 50
     skill, stop = 0.0, flags.cold.sft_steps
-    silent = None if parallel.first() else True  # None: where there is no terminal
-    bar = tqdm(total=stop, desc="cold start", unit="step", disable=silent)
+    bar = tqdm(total=stop, desc="cold start", unit="step", disable=parallel.no_bar())
     for step in range(1, flags.cold.sft_steps + 1):
         batch = demonstrations(flags, rng, tokenizer, batch_size, model.device)
         loss = imitate(batch)
