@@ -11,6 +11,7 @@
     python bench.py model        four full-width M1 layers on a GPU (50 GB): a step, a long prompt;
                                  training 0.98 B active parameters
     python bench.py long         a million tokens through the 0.65 B model on a GPU
+    python bench.py scale        steps of RL and long sequences on 1, 2, 4 ... GPUs
 
 length, forms and cpu take a minute each, on an idle machine. Those of a GPU are in bench_gpu.py;
 rollout and model go beside transformers too. Runs of train_rl.py are in studies/.
@@ -35,6 +36,7 @@ import cispo
 import engine
 import train_rl
 from bench_gpu import draw, measured, race, their_config, their_generate, used
+from bench_scale import scale
 from cli import Late, command_line, parse, torch
 from cli import model as m1
 from experience import Batch, make_batch, trained_logp
@@ -354,7 +356,7 @@ def jobs(model, forward, generate, experience, logp):
 # ============================================================================
 
 BENCHES = {"flops": flops, "length": length, "forms": forms, "cpu": cpu}
-BENCHES |= bench_gpu.BENCHES
+BENCHES |= bench_gpu.BENCHES | {"scale": scale}
 
 
 @dataclass(frozen=True)
@@ -362,7 +364,7 @@ class Flags(common.Flags):
     """What to measure."""
 
     name: Positional[str] = ""
-    """flops, length, forms, cpu, kernel, decode-step, rollout, model or long"""
+    """flops, length, forms, cpu, kernel, decode-step, rollout, model, long or scale"""
     sweep: bool = False
     """kernel: time its block sizes instead"""
 

@@ -93,12 +93,14 @@ def make_batch(prompts, responses, learned, device, rewards=None, infer_logp=Non
 
 def trained_logp(model, batch, temperature=1.0):
     """Of a batch's trained tokens: log-probs and entropies (N, L - 1), 0 elsewhere; and Aux."""
-    tokens, mask = batch.tokens[:, :-1], batch.mask[:, :-1]
-    here, targets = batch.trained, batch.tokens[:, 1:]  # the head sees these positions only
-    if m1.has_flash(model):  # real tokens only
+    tokens, mask, targets = batch.tokens[:, :-1], batch.mask[:, :-1], batch.tokens[:, 1:]
+    own = parallel.own_tokens(mask)
+    here = batch.trained & own  # the head sees these positions only
+    if m1.has_flash(model) or parallel.sp() > 1:  # real tokens only
         ends = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
-        hidden, aux = model.hidden(tokens[mask][None], cu_seqlens=ends)
-        hidden = hidden[0, here[mask]]
+        part = parallel.part(ends)
+        hidden, aux = model.hidden(tokens[own][None], cu_seqlens=ends, part=part)
+        hidden = hidden[0, here[own]]
     else:
         hidden, aux = model.hidden(tokens, mask=mask)
         hidden = hidden[here]
@@ -111,6 +113,7 @@ class Pass(NamedTuple):
     """A forward pass over some rows of a batch: what trained_logp gives."""
 
     rows: slice
+    trained: torch.Tensor  # (rows, L - 1) bool: which of these tokens this process has
     logp: torch.Tensor
     entropy: torch.Tensor
     aux: m1.Aux
@@ -123,7 +126,7 @@ def passes(model, batch, temperature=1.0, most=None):
     Where gradients are recorded, the router losses of several add up to that of the whole batch: a
     first round without gradients counts the whole batch's expert loads.
     """
-    size, load = parallel.size(), None
+    size, load = parallel.size() // parallel.sp(), None
     pieces = batch.pieces(most and most * size, least=size)
     n_tokens = [int(batch.mask[rows, :-1].sum()) for rows in pieces]
     share = [n / sum(n_tokens) for n in n_tokens]
@@ -132,11 +135,13 @@ def passes(model, batch, temperature=1.0, most=None):
             loads = [p.aux.expert_load for p in passes(model, batch, temperature, most)]
         load = sum(fraction * own for fraction, own in zip(share, loads))
     for piece, fraction in zip(pieces, share):
-        rows = parallel.share(piece.stop - piece.start, piece.start)
-        logp, entropy, aux = trained_logp(model, batch.part(rows), temperature)
+        rows = parallel.share(piece.stop - piece.start, piece.start, parallel.sp())
+        part = batch.part(rows)
+        logp, entropy, aux = trained_logp(model, part, temperature)
         if load is not None:
             aux = aux._replace(router_loss=fraction * aux.loss_at(load), expert_load=load)
-        yield Pass(rows, logp, entropy, aux)
+        trained = part.trained & parallel.own_tokens(part.mask[:, :-1])
+        yield Pass(rows, trained, logp, entropy, aux)
 
 
 class Imitation:
@@ -164,7 +169,8 @@ class Imitation:
 
     def _plain(self, batch):
         self.model.zero_grad()
-        n, batch = batch.trained.sum(), batch.part(parallel.share(len(batch.tokens)))
+        rows = parallel.share(len(batch.tokens), sp=parallel.sp())
+        n, batch = batch.trained.sum(), batch.part(rows)
         logp, _, aux = trained_logp(self.model, batch)
         return self._backward(-logp[batch.trained].sum() / n, aux)
 

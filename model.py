@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import parallel
 from cli import check, command_line, parse, read_json, short
 from layers import (
     HeadProduct,
@@ -204,6 +205,7 @@ class Layout:
     mask: torch.Tensor = None  # (B, L) bool, True = real token; None = all real
     cu_seqlens: torch.Tensor = None  # (N + 1,) int32 boundaries when sequences are packed along L
     longest: int = 0  # of the packed sequences
+    part: parallel.Part = None  # of them, where other ranks have the rest
     rope: tuple = None  # cos, sin
     seen: tuple = None  # first and last key that a query sees, (B, L) each; None = plain causal
     rows: torch.Tensor = None  # with a cache: row and slot of every real new token, (n,) each
@@ -238,7 +240,9 @@ class LightningAttention(nn.Module):
             q, k, v = (x.transpose(1, 2) for x in F.silu(qkv.permute(3, 0, 2, 1, 4).contiguous()))
         if at.mask is not None:
             v = v * at.mask[..., None, None]  # a padded token writes nothing into the state
-        if state is None:
+        if at.part is not None:
+            o = parallel.lightning(q, k, v, slope, at.part)
+        elif state is None:
             o, _ = lightning_attention(q, k, v, slope, cu_seqlens=at.cu_seqlens)
         elif L == 1 and at.mask is None:
             o = lightning_step(q[:, 0], k[:, 0], v[:, 0], slope, state)[:, None]
@@ -283,7 +287,8 @@ class SoftmaxAttention(nn.Module):
         if at.cu_seqlens is None:
             o = attend(q, k, v, at.seen)
         else:
-            o = attend_packed(q, k, v, at.cu_seqlens, at.longest)
+            q, k, v = (parallel.by_heads(x, at.part) for x in (q, k, v))
+            o = parallel.by_tokens(attend_packed(q, k, v, at.cu_seqlens, at.longest), at.part)
         return self.o_proj(o.flatten(2))
 
 
@@ -376,7 +381,8 @@ class MiniMaxM1(nn.Module):
 
     left-padded    tokens (B, L) with mask (B, L) bool, True = real token, False only on the left
                    (None = no padding). Each sequence gets exactly what it would get alone.
-    packed         tokens (1, L) with cu_seqlens (N + 1,): N sequences, each from position 0.
+    packed         tokens (1, L) with cu_seqlens (N + 1,): N sequences, each from position 0. With
+                   `part`, see parallel.py, tokens are this process's part of them.
 
     With a cache, tokens are the NEW ones, one or more per row, and nothing records gradients.
     which: the layers to build, by number; None = all. A part still has embedding, norm and head.
@@ -439,9 +445,9 @@ class MiniMaxM1(nn.Module):
             hidden, _ = self.hidden(tokens, mask=mask, cache=cache, cu_seqlens=cu_seqlens)
             return self.head(hidden[:, -1:] if last_only else hidden)
 
-    def hidden(self, tokens, *, mask=None, cache=None, cu_seqlens=None, reach=None):
+    def hidden(self, tokens, *, mask=None, cache=None, cu_seqlens=None, reach=None, part=None):
         """All before the head, final norm included: (B, L, D) fp32 and Aux (None with a cache)."""
-        at = self._layout(tokens, mask, cache, cu_seqlens, reach)
+        at = self._layout(tokens, mask, cache, cu_seqlens, reach, part)
         learns = torch.is_grad_enabled() and cache is None
         with torch.set_grad_enabled(learns), torch.autocast(self.device.type, enabled=False):
             x, routings = self.embed_tokens(tokens).to(self.dtype), []
@@ -500,9 +506,11 @@ class MiniMaxM1(nn.Module):
         logp = logp.view_as(targets)
         return (logp, entropy.view_as(targets)) if with_entropy else logp
 
-    def _layout(self, tokens, mask, cache, cu_seqlens, reach=None):
+    def _layout(self, tokens, mask, cache, cu_seqlens, reach=None, part=None):
         """Check forward's arguments; positions, visible keys and cache slots for all layers."""
         (B, L), device = tokens.shape, tokens.device
+        if part is not None:
+            L = sum(part.sizes)
         positions = torch.arange(L, device=device).expand(B, L)
         if mask is not None:
             if mask.shape != tokens.shape or mask.dtype != torch.bool or cu_seqlens is not None:
@@ -513,13 +521,15 @@ class MiniMaxM1(nn.Module):
             positions = (positions - (~mask).sum(1, keepdim=True)).clamp(min=0)
             mask = None if mask.all() else mask
         if cu_seqlens is not None:
-            check_boundaries(cu_seqlens, tokens.shape)
+            check_boundaries(cu_seqlens, (B, L))
             if cache is not None:
                 raise ValueError("packed sequences (cu_seqlens) and a cache exclude each other")
             cu_seqlens = cu_seqlens.int()
             starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
             positions = positions - starts.repeat_interleave(lengths, output_size=L)
-        at = Layout(mask, cu_seqlens, _longest(lengths, L) if cu_seqlens is not None else 0)
+            positions = positions if part is None else positions[:, part.here]
+        longest = 0 if cu_seqlens is None else _longest(lengths, L)
+        at = Layout(mask, cu_seqlens, longest, part)
         if cache is not None:
             if len(cache.position) != B:
                 raise ValueError(f"the cache has {len(cache.position)} rows, the tokens {B}")

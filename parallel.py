@@ -7,18 +7,24 @@ function here gives back what it got, and nothing changes to the bit.
     each rank    answers its share of the prompts, and learns from its share of a slice's rows
     over ranks   a parameter, its gradient and its moments lie in parts (FSDP2); a layer's are
                  gathered while it computes, and gradients of the parts are summed; experts stay
-                 where they are, and rows travel to them (expert parallel)
+                 where they are, and rows travel to them (expert parallel); with --sp n, n ranks in
+                 a row have a part each of the tokens that they learn from (sequence parallel)
     answers      are drawn from a whole copy of the weights on every rank
 
     1. Processes     rank, size, first, by_first, no_bar, start, finish
     2. Shares        share, together, rows, totals, somewhere
-    3. A model       shard, in_parts, own, exchange, whole, on_first, part_like, clip
+    3. Sequences     Part, part, lightning, by_heads, by_tokens
+    4. A model       shard, in_parts, own, exchange, whole, on_first, part_like, clip
 """
 
+import bisect
 import functools
+import itertools
+import math
 import os
 import sys
 from datetime import timedelta
+from typing import NamedTuple
 
 from cli import torch
 
@@ -52,10 +58,21 @@ def no_bar():
     return None if first() else True
 
 
-def start(device):
-    """Meet the other processes: the device of this one. Those but the first say nothing from here,
-    except why they fail.
+_group, _sp = None, 1  # the ranks that share tokens with this one, and how many they are
+
+
+def sp():
+    """How many ranks in a row share the tokens of their rows."""
+    return _sp
+
+
+def start(device, sp=1):
+    """Meet the other processes, of which sp in a row share tokens: the device of this one. Those
+    but the first say nothing from here, except why they fail.
     """
+    global _group, _sp
+    if sp < 1 or size() % sp:
+        raise ValueError(f"--sp {sp} does not divide the {size()} processes: start more, or fewer")
     if size() == 1:
         return device
     import torch.distributed as dist
@@ -72,6 +89,7 @@ def start(device):
     if not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # for the slowest answer
+    _group, _sp = dist.new_subgroups(sp)[0], sp
     return device
 
 
@@ -89,9 +107,12 @@ def finish():
 # ============================================================================
 
 
-def share(n, begin=0):
-    """This rank's part of n things in a row from `begin` on, as a slice; sizes differ by 1."""
-    return slice(begin + n * rank() // size(), begin + n * (rank() + 1) // size())
+def share(n, begin=0, sp=1):
+    """This rank's share of n things in a row from `begin` on, as a slice; sizes differ by 1. sp
+    ranks in a row have the same.
+    """
+    i, of = rank() // sp, size() // sp
+    return slice(begin + n * i // of, begin + n * (i + 1) // of)
 
 
 def together(things):
@@ -106,10 +127,14 @@ def together(things):
 
 
 def rows(x):
-    """Rows (n, ...) of all ranks as one tensor, in the order of ranks; without gradients."""
+    """Rows (n, ...) of all ranks as one tensor, in the order of ranks; without gradients. Of ranks
+    that share tokens each has zeros at others' tokens.
+    """
     if size() == 1:
         return x
-    return torch.cat(together([x.detach().cpu()])).to(x.device)
+    ranks = together([x.detach().cpu()])
+    groups = (ranks[i : i + _sp] for i in range(0, size(), _sp))
+    return torch.cat([torch.stack(group).sum(0) for group in groups]).to(x)
 
 
 def totals(x, n=0):
@@ -129,7 +154,100 @@ def somewhere(flag):
 
 
 # ============================================================================
-# 3. A model
+# 3. Sequences                                                   (MiniMax-01 sec. 3.2, LASP+)
+# ============================================================================
+#
+# Ranks of a group have consecutive parts of one row of packed sequences. In a lightning layer each
+# sends one state (heads, K, V), whatever the length; in a softmax layer tokens travel, so that a
+# rank has all tokens of some heads: a causal layer would give the last part most of the work.
+
+
+class Part(NamedTuple):
+    """A rank's part of a packed row of N sequences."""
+
+    here: slice  # of the row
+    sizes: list  # tokens of every rank's part
+    cu_seqlens: torch.Tensor  # (N + 1,) int32: the sequences inside of this part, some empty
+    last: int  # the sequence in which this part ends
+    gaps: list  # tokens between every part's end and here; inf where its last sequence is another
+    begun: int  # tokens here of the sequence in which this part begins
+
+
+def part(cu_seqlens):
+    """This rank's Part of a row of packed sequences, (N + 1,) their boundaries; None where a rank
+    has rows to itself.
+    """
+    if _sp == 1:
+        return None
+    i, ends = rank() % _sp, cu_seqlens.tolist()
+    cuts = _cuts(ends[-1])
+    begin, end = cuts[i : i + 2]
+    first, *others = (bisect.bisect_right(ends, x) - 1 for x in (begin, *(x - 1 for x in cuts[1:])))
+    gaps = [begin - cuts[j + 1] if j < i and x == first else math.inf for j, x in enumerate(others)]
+    begun = min(end, ends[first + 1]) - begin
+    inside = cu_seqlens.clamp(begin, end) - begin
+    sizes = [y - x for x, y in itertools.pairwise(cuts)]
+    return Part(slice(begin, end), sizes, inside, others[i], gaps, begun)
+
+
+def _cuts(n):
+    return [n * j // _sp for j in range(_sp + 1)]
+
+
+def own_tokens(mask):
+    """Which of a batch's real tokens (N, L) this rank has, bool: those of its Part of the row."""
+    if _sp == 1:
+        return mask
+    number, i = mask.flatten().cumsum(0).view_as(mask), rank() % _sp
+    begin, end = _cuts(int(mask.sum()))[i : i + 2]
+    return mask & (begin < number) & (number <= end)
+
+
+def _exchange(x, arriving, leaving, group):
+    """Rows (n, ...) to the ranks of a group, so many to and from each. Differentiable."""
+    from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+    return all_to_all_single_autograd(x.contiguous(), arriving, leaving, group)
+
+
+def lightning(q, k, v, slope, part):
+    """lightning_attention's o over the whole row, of this part's tokens: q, k, v (1, T, H, K).
+
+    Each part begins from an empty state. What is older is a sum of earlier parts' last states, each
+    decayed by the tokens between, and adds lam^t q_t S to the first tokens here.
+    """
+    from lightning_attn import lightning_attention
+
+    o, last = lightning_attention(q, k, v, slope, cu_seqlens=part.cu_seqlens)
+    mine, ones, rate = last[part.last].expand(_sp, -1, -1, -1), [1] * _sp, slope.double()
+    states = _exchange(mine, ones, ones, _group)  # (parts, H, K, V)
+    weight = torch.exp(-rate * rate.new_tensor(part.gaps)[:, None]).to(states.dtype)  # (parts, H)
+    S = torch.einsum("ph,phkv->hkv", weight, states)
+    t = torch.arange(1, part.begun + 1, device=q.device)
+    fade = torch.exp(-t[:, None] * rate).to(q.dtype)[..., None]  # (t, H, 1)
+    older = torch.einsum("thk,hkv->thv", q[0, : part.begun] * fade, S.to(q.dtype))
+    return torch.cat([o[:, : part.begun] + older, o[:, part.begun :]], 1)
+
+
+def by_heads(x, part):
+    """Tokens of this part, all heads (1, T, H, K) -> the whole row, a share of the heads."""
+    if part is None:
+        return x
+    heads = x[0].unflatten(1, (_sp, -1)).transpose(0, 1).flatten(0, 1)  # (group T, H / group, K)
+    return _exchange(heads, part.sizes, [x.shape[1]] * _sp, _group)[None]
+
+
+def by_tokens(x, part):
+    """The way back."""
+    if part is None:
+        return x
+    n = part.here.stop - part.here.start
+    heads = _exchange(x[0], [n] * _sp, part.sizes, _group).unflatten(0, (_sp, n))
+    return heads.transpose(0, 1).flatten(1, 2)[None]
+
+
+# ============================================================================
+# 4. A model
 # ============================================================================
 
 
@@ -148,6 +266,10 @@ def shard(model):
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard, distribute_tensor
 
+    c = model.config
+    if 1 in c.attn_type_list and (c.num_attention_heads % _sp or c.num_key_value_heads % _sp):
+        found = f"{c.num_attention_heads} heads, {c.num_key_value_heads} of keys and values"
+        raise ValueError(f"--sp {_sp} must divide the heads of softmax layers, found {found}")
     for p in model.parameters():
         dist.broadcast(p.data, 0)
     mesh, experts = init_device_mesh(model.device.type, (size(),)), set()
@@ -183,11 +305,8 @@ def exchange(rows, ends):
     that sends rows of theirs back, to where they were. Differentiable.
     """
     import torch.distributed as dist
-    from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-    def send(x, arriving, leaving):
-        return all_to_all_single_autograd(x.contiguous(), arriving, leaving, dist.group.WORLD)
-
+    send = functools.partial(_exchange, group=dist.group.WORLD)
     counts = ends.diff(prepend=ends.new_zeros(1)).long()
     coming = torch.empty_like(counts)
     dist.all_to_all_single(coming, counts)

@@ -1781,9 +1781,11 @@ def processes(n, script, flags):
 
 
 def test_several_processes_take_the_steps_of_one_and_go_on_with_any_number(start, tmp_path):
-    """The first step by two processes, the second by three, in small passes, or by one."""
+    """The first step by three processes, the second by one, or by four, of which two share tokens,
+    in small passes. Three cannot divide the four experts; four have one each.
+    """
     flags = f"{start} --prompts 6 --group-size 4 --updates-per-rollout 2 --eval-problems 5 --steps"
-    alone, two, three, one = (tmp_path / name for name in ("alone", "two", "three", "one"))
+    alone, three, four, one = (tmp_path / name for name in ("alone", "three", "four", "one"))
     script = tmp_path / "wide.py"
     script.write_text(WIDE)
 
@@ -1811,19 +1813,21 @@ def test_several_processes_take_the_steps_of_one_and_go_on_with_any_number(start
             torch.testing.assert_close(moments, states[1][number], rtol=1e-9, atol=1e-15)
 
     by_one(f"{flags} 1 --out {alone}")
-    done = processes(2, script, f"{flags} 1 --out {two}")
+    done = processes(3, script, f"{flags} 1 --out {three}")
     assert done.returncode == 0 and done.stdout.count("see ") == 1, done.stderr  # the first speaks
-    same(1, alone, two)
-    shutil.copytree(two, one)
-    shutil.copytree(two, three)
+    same(1, alone, three)
+    shutil.copytree(three, one)
+    shutil.copytree(three, four)
     by_one(f"--resume {one} --steps 2")
-    done = processes(3, script, f"--resume {three} --steps 2 --micro-tokens 40")
+    done = processes(4, script, f"--resume {four} --steps 2 --sp 2 --micro-tokens 40")
     assert done.returncode == 0, done.stderr
-    same(2, one, three)
+    same(2, one, four)
 
 
 def test_processes_refuse_groups_too_small_to_share_and_flags_that_differ(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="--sp 2 does not divide the 3 processes"):
+        parallel.start("cpu", 2)
     with pytest.raises(ValueError, match="3 processes need a group of at least 3 .*-size 2"):
         train_rl.check_processes(settings(group_size=2))
     monkeypatch.setattr(parallel, "together", lambda x: [*x, *x, "others"])
@@ -2897,7 +2901,7 @@ def test_every_public_function_has_a_docstring_and_every_flag_has_help(capsys, m
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{file.name}: {node.name}"
     monkeypatch.setenv("COLUMNS", "90")
-    for script, most in ((train_rl, 40), (sample, 15), (m1, 4)):
+    for script, most in ((train_rl, 41), (sample, 15), (m1, 4)):
         with pytest.raises(SystemExit, match="0"):
             script.main(["--help"])
         groups = re.split(r"\w+ options", capsys.readouterr().out)

@@ -123,6 +123,8 @@ class Flags:
     """updates per batch of rollouts; the report's: 16"""
     lr: float | None = None
     """learning rate of RL; None = 2e-4 * 64 / model width"""
+    sp: int = 1
+    """processes of torchrun that share the tokens of an update, for long responses"""
     micro_tokens: int | None = None
     """most tokens of a pass, in whole responses; gradients add up, at the cost of one more pass"""
     recompute: bool = False
@@ -150,7 +152,7 @@ class Flags:
         check(self, group_size=(2, max(2, 10**6 // self.prompts)), max_grad_norm=(1e-9, 10**9))
         check(self, eval_every=many, eval_problems=(1, 10**5), checkpoint_every=many)
         check(self, updates_per_rollout=(1, self.prompts), min_groups=(1, self.prompts))
-        check(self, micro_tokens=(1, 10**9), lr=(1e-12, 10), eval_samples=(1, 1000))
+        check(self, micro_tokens=(1, 10**9), lr=(1e-12, 10), eval_samples=(1, 1000), sp=(1, 1000))
         shape = self.preset or self.softmax_every is not None
         harder = hardest and hardest < self.mix.moves
         slow = self.mix.moves * self.eval_problems > 10**7
@@ -314,7 +316,7 @@ def train(flags):
                 for part, before in zip(slices, old):
                     weights, parts = cispo.token_weights(part.trained, weighting, G), []
                     for now, was in zip(forward(part), before):
-                        A, w = part.advantages[now.rows], weights[now.rows]
+                        A, w = part.advantages[now.rows], weights[now.rows] * now.trained
                         loss, *told = cispo.policy_loss(now.logp, was.logp, A, w, recipe)
                         (loss + coef * now.aux.router_loss).backward()
                         parts.append((loss.detach(), *told, now.aux))
@@ -397,7 +399,7 @@ def begin(flags):
     run = runlog.Run(flags.resume) if flags.resume else None
     resumed = run and runlog.last_saved(run.folder)
     stored = run.folder if resumed else flags.init
-    device = parallel.start(choose_device(flags, stored))
+    device = parallel.start(choose_device(flags, stored), flags.sp)
     check_processes(flags)
     model = parallel.shard(load_model(flags, stored, device))
     tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model)
@@ -429,7 +431,7 @@ def load_model(flags, stored, device):
 
 def check_processes(flags):
     """ValueError unless all processes have the same flags and each a row of every group."""
-    n = parallel.size()
+    n = parallel.size() // flags.sp
     if n > DEMONSTRATIONS:
         raise ValueError(f"{n} processes are more than the {DEMONSTRATIONS} that can share a batch")
     if n > flags.group_size:
@@ -550,7 +552,7 @@ def step_line(row, flags, drops=()):
 
 
 # what --resume and --eval may change
-CHANGEABLE = "steps checkpoint_every device micro_tokens recompute max_rows resume".split()
+CHANGEABLE = "steps checkpoint_every device sp micro_tokens recompute max_rows resume".split()
 SCORED = "eval eval_problems task moves min_moves max_new_tokens max_rows seed device dtype".split()
 
 

@@ -1,0 +1,106 @@
+"""What further GPUs bring: steps of RL, and one long sequence; run by bench.py.
+
+    python bench.py scale    starts everything with 1, 2, 4 ... of this machine's GPUs
+
+A step of RL is one of train_rl.py's own, read from its log: prompts, rows and experts are divided.
+A sequence is divided among all processes (--sp): forward and backward, layers computed again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import bench_gpu
+import parallel
+from cli import model as m1
+from cli import pick_device, torch
+from runlog import read_log
+from studies.common import print_table, recorded
+
+BEGIN = "--preset base --moves 10 --steps 0 --eval-problems 8"
+STEPS = "--prompts 256 --group-size 16 --micro-tokens 32768 --steps 4 --eval-problems 8"
+QUICK = {"BEGIN": "--task mod --moves 3 --sft-steps 60 --steps 0 --eval-problems 2"}
+QUICK |= {"STEPS": "--prompts 8 --group-size 4 --steps 3 --eval-problems 2"}
+SEQUENCES = [("base", 2**18), ("small", 2**20)]  # tokens
+
+
+def scale(flags):
+    """Time and memory with 1, 2, 4 ... processes: scale.csv."""
+    if "RANK" in os.environ:  # one of them
+        return tell_sequences(flags.quick)
+    rows = recorded(flags, "scale", measure)
+    columns = {"job": "{job}", "processes": "{processes:.0f}", "seconds": "{seconds:.3g}"}
+    columns |= {"times as fast as one": "{speedup:.2f}", "GB of a process": "{peak_gb:.3g}"}
+    print_table(rows, columns)
+
+
+def measure(quick):
+    """Rows of scale.csv."""
+    n, rows = 2 if quick else torch.cuda.device_count(), []
+    if n < 2:
+        raise ValueError(f"this benchmark compares GPUs of one machine and needs 2, found {n}")
+    begin, steps = QUICK.values() if quick else (BEGIN, STEPS)
+    with tempfile.TemporaryDirectory() as folder:
+        start = Path(folder, "start")
+        run(1, f"train_rl.py {begin} --out {start}")
+        for processes in (2**i for i in range(n.bit_length())):
+            out = Path(folder, str(processes))
+            run(processes, f"train_rl.py --init {start} {steps} --out {out}")
+            log = read_log(out / "log.csv")[2:]  # the first step compiles
+            for part in ("rollout_s", "reward_s", "update_s", "seconds"):
+                job = "a step of RL" if part == "seconds" else f"... {part[:-2]}"
+                apart = [row.get("eval_s", 0) if part == "seconds" else 0 for row in log]
+                seconds = median(row[part] - x for row, x in zip(log, apart))
+                rows.append({"job": job, "processes": processes, "seconds": f"{seconds:.4g}"})
+            said = run(processes, "bench.py scale" + " --quick" * quick).splitlines()
+            rows += [json.loads(line) for line in said if line.startswith("{")]
+            print(f"{processes} processes", flush=True)
+    alone = {row["job"]: float(row["seconds"]) for row in rows if row["processes"] == 1}
+    for row in rows:
+        row["speedup"] = f"{alone[row['job']] / float(row['seconds']):.3f}"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    machine = {"gpu": gpu, "torch": torch.__version__}
+    return [{"peak_gb": None} | row | machine for row in rows]
+
+
+def run(processes, command):
+    """What a command says, started by torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, f"--nproc_per_node={processes}", *command.split()]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+    if done.returncode:
+        raise ValueError(f"{' '.join(command[1:])} ended with exit code {done.returncode}")
+    return done.stdout
+
+
+def tell_sequences(quick):
+    """Print rows: forward and backward of one sequence, a part of it in each process."""
+    device = parallel.start(pick_device("cpu" if quick else "cuda"), parallel.size())
+    for preset, n in [("tiny", 2**10)] if quick else SEQUENCES:
+        bench_gpu.free() if device != "cpu" else None
+        with torch.device(device):
+            model = m1.MiniMaxM1(m1.M1Config.preset(preset))
+            tokens, ends = torch.randint(256, (1, n)), torch.tensor([0, n], dtype=torch.int32)
+        model.compute, model.recompute = None if quick else torch.bfloat16, True
+        model, part = parallel.shard(model), parallel.part(ends)
+        here = slice(None) if part is None else part.here
+        seconds = []
+        for _ in range(4):
+            model.zero_grad()
+            started = perf_counter()
+            hidden, _ = model.hidden(tokens[:, here], cu_seqlens=ends, part=part)
+            loss = model.target_logp(hidden, tokens.roll(-1)[:, here]).sum() / -n
+            loss.backward()
+            parallel.somewhere(float(loss) < 0)  # all have finished
+            seconds.append(perf_counter() - started)
+        peak = 0 if device == "cpu" else torch.cuda.max_memory_allocated() / 1e9
+        row = {"job": f"{n:,} tokens, {preset}", "processes": parallel.size()}
+        row |= {"seconds": f"{median(seconds[1:]):.4g}"}
+        row["peak_gb"] = f"{max(parallel.together([peak])):.4g}"
+        print(json.dumps(row), flush=True)
+    parallel.finish()
