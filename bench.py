@@ -12,6 +12,8 @@
                                  training 0.98 B active parameters
     python bench.py long         a million tokens through the 0.65 B model on a GPU
 
+    python bench.py plan         RL of the 456 B model on 512 GPUs: memory, traffic, time, cost
+
 length, forms and cpu take a minute each, on an idle machine. Those of a GPU are in bench_gpu.py;
 rollout and model go beside transformers too. Runs of train_rl.py are in studies/.
 
@@ -35,6 +37,7 @@ import cispo
 import engine
 import train_rl
 from bench_gpu import draw, measured, race, their_config, their_generate, used
+from bench_plan import plan
 from cli import Late, command_line, parse, torch
 from cli import model as m1
 from experience import Batch, make_batch, trained_logp
@@ -354,7 +357,7 @@ def jobs(model, forward, generate, experience, logp):
 # ============================================================================
 
 BENCHES = {"flops": flops, "length": length, "forms": forms, "cpu": cpu}
-BENCHES |= bench_gpu.BENCHES
+BENCHES |= bench_gpu.BENCHES | {"plan": plan}
 
 
 @dataclass(frozen=True)
@@ -362,7 +365,7 @@ class Flags(common.Flags):
     """What to measure."""
 
     name: Positional[str] = ""
-    """flops, length, forms, cpu, kernel, decode-step, rollout, model or long"""
+    """flops, length, forms, cpu, kernel, decode-step, rollout, model, long or plan"""
     sweep: bool = False
     """kernel: time its block sizes instead"""
 
