@@ -13,6 +13,7 @@
     python bench.py long         a million tokens through the 0.65 B model on a GPU
 
     python bench.py plan         RL of the 456 B model on 512 GPUs: memory, traffic, time, cost
+    python bench.py plan-check   the same arithmetic beside real steps; torchrun --nproc_per_node=2
 
 length, forms and cpu take a minute each, on an idle machine. Those of a GPU are in bench_gpu.py;
 rollout and model go beside transformers too. Runs of train_rl.py are in studies/.
@@ -36,6 +37,7 @@ import bench_gpu
 import cispo
 import engine
 import train_rl
+from bench_check import check
 from bench_gpu import draw, measured, race, their_config, their_generate, used
 from bench_plan import plan
 from cli import Late, command_line, parse, torch
@@ -357,7 +359,7 @@ def jobs(model, forward, generate, experience, logp):
 # ============================================================================
 
 BENCHES = {"flops": flops, "length": length, "forms": forms, "cpu": cpu}
-BENCHES |= bench_gpu.BENCHES | {"plan": plan}
+BENCHES |= bench_gpu.BENCHES | {"plan": plan, "plan-check": check}
 
 
 @dataclass(frozen=True)
@@ -365,7 +367,7 @@ class Flags(common.Flags):
     """What to measure."""
 
     name: Positional[str] = ""
-    """flops, length, forms, cpu, kernel, decode-step, rollout, model, long or plan"""
+    """flops, length, forms, cpu, kernel, decode-step, rollout, model, long, plan or plan-check"""
     sweep: bool = False
     """kernel: time its block sizes instead"""
 
