@@ -13,6 +13,9 @@
     python bench.py long         a million tokens through the 0.65 B model on a GPU
     python bench.py scale        steps of RL and long sequences on 1, 2, 4 ... GPUs
 
+    python bench.py plan         RL of the 456 B model on 512 GPUs: memory, traffic, time, cost
+    python bench.py plan-check   the same arithmetic beside real steps; torchrun --nproc_per_node=2
+
 length, forms and cpu take a minute each, on an idle machine. Those of a GPU are in bench_gpu.py;
 rollout and model go beside transformers too. Runs of train_rl.py are in studies/.
 
@@ -35,7 +38,9 @@ import bench_gpu
 import cispo
 import engine
 import train_rl
+from bench_check import check
 from bench_gpu import draw, measured, race, their_config, their_generate, used
+from bench_plan import plan
 from bench_scale import scale
 from cli import Late, command_line, parse, torch
 from cli import model as m1
@@ -356,7 +361,7 @@ def jobs(model, forward, generate, experience, logp):
 # ============================================================================
 
 BENCHES = {"flops": flops, "length": length, "forms": forms, "cpu": cpu}
-BENCHES |= bench_gpu.BENCHES | {"scale": scale}
+BENCHES |= bench_gpu.BENCHES | {"scale": scale, "plan": plan, "plan-check": check}
 
 
 @dataclass(frozen=True)
@@ -364,7 +369,8 @@ class Flags(common.Flags):
     """What to measure."""
 
     name: Positional[str] = ""
-    """flops, length, forms, cpu, kernel, decode-step, rollout, model, long or scale"""
+    """flops, length, forms, cpu; of GPUs kernel, decode-step, rollout, model, long, scale,
+    plan-check; plan"""
     sweep: bool = False
     """kernel: time its block sizes instead"""
 

@@ -57,7 +57,8 @@ def measure(quick):
                 apart = [row.get("eval_s", 0) if part == "seconds" else 0 for row in log]
                 seconds = median(row[part] - x for row, x in zip(log, apart))
                 rows.append({"job": job, "processes": processes, "seconds": f"{seconds:.4g}"})
-            said = run(processes, "bench.py scale" + " --quick" * quick).splitlines()
+            sequences = "bench.py scale" + f" --quick --out {folder}" * quick
+            said = run(processes, sequences).splitlines()
             rows += [json.loads(line) for line in said if line.startswith("{")]
             print(f"{processes} processes", flush=True)
     alone = {row["job"]: float(row["seconds"]) for row in rows if row["processes"] == 1}
@@ -96,7 +97,7 @@ def tell_sequences(quick):
             hidden, _ = model.hidden(tokens[:, here], cu_seqlens=ends, part=part)
             loss = model.target_logp(hidden, tokens.roll(-1)[:, here]).sum() / -n
             loss.backward()
-            parallel.somewhere(float(loss) < 0)  # all have finished
+            parallel.somewhere(float(loss.detach()) < 0)  # all have finished
             seconds.append(perf_counter() - started)
         peak = 0 if device == "cpu" else torch.cuda.max_memory_allocated() / 1e9
         row = {"job": f"{n:,} tokens, {preset}", "processes": parallel.size()}

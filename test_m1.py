@@ -45,7 +45,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when lightning_attn defines its kernels
 
 import bench
+import bench_check
 import bench_gpu
+import bench_plan
 import cispo
 import cli
 import engine
@@ -2392,6 +2394,44 @@ def test_the_trained_model_of_the_benchmark_has_0_98_b_active_parameters():
     assert f"{counts['active_with_head'] / 1e9:.2f}" == "0.98" and sum(config.attn_type_list) == 2
     floor = 4 * 6 * (counts["active_with_head"] * 4096 + 2 * 4096**2 * 16 * 128)
     assert 3 * bench_gpu.pass_flops(config, 4, 4096, head=True) == floor
+
+
+def test_the_plan_fits_in_80_gb_counts_flops_as_figure_1_and_is_the_committed_one(tmp_path):
+    m1_size, a = M1Config.preset("m1"), bench_plan.assume()
+    for n in (1024, 80_000):
+        flops = bench_plan.forward_flops(m1_size, n, n**2)
+        assert flops == pytest.approx(bench.generation_flops("m1", "textbook", n), rel=1e-3)
+    assert max(bench_plan.peaks(m1_size, a, passes=2)) < a.card
+    assert bench_plan.cached(m1_size, bench_plan.assume(rollout_heads=1)) == (280 * 2**20, 40_960)
+    bench.main(["plan", "--out", str(tmp_path)])
+    assert (HERE / "figures/plan.csv").read_text() == (tmp_path / "plan.csv").read_text()
+
+
+def test_the_plans_arithmetic_gives_the_allocators_peaks_and_the_speeds_measured_on_one_gpu():
+    rows = common.by(common.read_csv(HERE / "figures/model.csv"), "job")
+    alone = bench_check.HERE | dict(gpus=1, expert_parallel=1, copy_stays=0, moments=0)
+    used = []
+    for row in rows["training"]:
+        again = row["recompute"] == "yes"
+        a = bench_plan.assume(**alone, tokens=row["size"], recompute=again)
+        peak = bench_plan.peaks(M1Config(**bench_gpu.TRAINED), a, passes=1)[0]
+        assert peak / 1e9 == pytest.approx(row["peak_gb"], rel=0.05)
+        used.append((3 + again) / 3 * row["product_tflops"] * 1e12 / row["x"] / a.flops)
+    assert used == pytest.approx([a.flops_used] * 2, rel=0.05)
+    used = [row["copy_tb_s"] * 1e12 / row["x"] / a.hbm for row in rows["decode"]]
+    assert statistics.mean(used) == pytest.approx(a.hbm_used, rel=0.05)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_a_step_holds_and_receives_is_what_the_plans_arithmetic_says(n, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = processes(n, HERE / "bench.py", f"plan-check --quick --out {tmp_path}")
+    assert done.returncode == 0 and "all within 15 %" in done.stdout, done.stderr
+    rows = common.read_csv(tmp_path / f"plan-check-{n}.csv")
+    assert len(rows) == (2 if n == 1 else 8)
+    for row in rows:  # a scoring pass leaves embedding and head gathered for the update after it
+        exact = "all-" not in row["item"]
+        assert row["ratio"] == pytest.approx(1, abs=1e-3 if exact else 0.04), row
 
 
 def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
