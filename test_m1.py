@@ -2058,11 +2058,14 @@ def naive_bpe(text, merges):
         yield from parts
 
 
-@pytest.mark.parametrize("name", ["merges.txt", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["merges.txt", "vocab.json", "tokenizer.json"])
 def test_a_published_tokenizer_has_the_ids_of_its_files_and_merges_by_rank(tmp_path, name):
     assert "".join(LETTERS[b] for b in (0, 10, 32, 33, 127, 160, 161, 173, 255)) == "ĀĊĠ!ġł¡Ńÿ"
     (tmp_path / "merges.txt").write_bytes(MERGES_TXT)
     expected, specials = SMALL_IDS, M1_SPECIALS
+    if name == "vocab.json":  # says which id a token of merges.txt has
+        expected, _ = tokenizer_json()
+        (tmp_path / name).write_text(json.dumps(expected))
     if name == "tokenizer.json":  # comes first
         expected, _ = tokenizer_json()
         (tmp_path / name).write_bytes(with_step("pre_tokenizer", pipeline()))
@@ -2078,6 +2081,9 @@ def test_a_published_tokenizer_has_the_ids_of_its_files_and_merges_by_rank(tmp_p
     assert t.decode([150_000, expected["h"]]) == "\ufffdh"  # an id without a token
     assert len(t.encode("x" + " " * 400_000)) == 400_001
     says("500,000 blanks in a row", t.encode, "x" + "\n" * 1_000_001)
+    if name == "vocab.json":
+        (tmp_path / name).write_text("{}")
+        says("vocab.json with merges.txt is not a .* it lacks", Tokenizer.of, M1Config(), tmp_path)
 
 
 def test_m1s_own_merges_give_its_own_ids(tmp_path):
