@@ -399,7 +399,7 @@ def begin(flags):
     stored = run.folder if resumed else flags.init
     device = parallel.start(choose_device(flags, stored))
     check_processes(flags)
-    model = parallel.shard(load_model(flags, stored, device))
+    model = load_model(flags, stored, device)
     tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model)
     curriculum = tasks.Curriculum(flags.mix, flags.growth)
     check_lengths(flags, tokenizer, model.config.max_position_embeddings)
@@ -415,12 +415,15 @@ def begin(flags):
 
 
 def load_model(flags, stored, device):
-    """The model of a run or directory, or a new one: fp32 weights, activations of --dtype."""
+    """The model of a run or directory, or a new one: fp32 weights, activations of --dtype; on
+    several processes in parts.
+    """
     if stored:
-        model = checkpoint.load_pretrained(stored, device, torch.float32)
+        model = checkpoint.load_pretrained(stored, device, torch.float32, parts=True)
     else:
         with torch.device(device):
             model = new_model(flags)
+        model = parallel.shard(model, device)
     if flags.dtype == "bf16" or (flags.dtype == "auto" and device.startswith("cuda")):
         model.compute = torch.bfloat16
     model.recompute = flags.recompute
