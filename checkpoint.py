@@ -331,11 +331,12 @@ def whole(model):
     return copied
 
 
-def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None):
+def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None, files=None):
     """Write a model as config.json, numbered *.safetensors shards and their index.
 
     Everything is written beside `path` first and moved there when complete. Refuses to overwrite. A
-    trainer_state (dicts, lists, numbers, tensors) goes into trainer.pt.
+    trainer_state (dicts, lists, numbers, tensors) goes into trainer.pt. files: others, such as a
+    tokenizer's, {name: bytes}.
     """
     path = Path(path)
     if path.exists():
@@ -366,6 +367,9 @@ def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None):
                 sums[file] = pool.submit(crc32, draft / file)
             total = sum(t.nbytes for shard in shards for t in shard.values())
             weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+            for file, content in (files or {}).items():
+                (draft / file).write_bytes(content)
+                sums[file] = pool.submit(crc32, draft / file)
             if trainer_state is not None:
                 _save_state(on_cpu(trainer_state), draft / "trainer.pt")
                 sums["trainer.pt"] = pool.submit(crc32, draft / "trainer.pt")

@@ -37,13 +37,19 @@ SPLIT = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MOST_BLANKS = 500_000  # tiktoken's regular expressions break at a million
+FILES = "tokenizer.json vocab.json merges.txt tokenizer_config.json chat_template.jinja".split()
 
 
 class Tokenizer:
-    """Text <-> token ids, around a tiktoken.Encoding. special: {name: id}."""
+    """Text <-> token ids, around a tiktoken.Encoding.
 
-    def __init__(self, encoding):
+    special: {name: id}; has_turns: its model chats, so a prompt is a user's turn; files: {name:
+    bytes} of what its directory has of it.
+    """
+
+    def __init__(self, encoding, files=None):
         self.encoding, self.special = encoding, encoding._special_tokens
+        self.has_turns, self.files = encoding.name == "m1", files or {}
         self.eos_id = self.special["<end_of_sentence>"]
         self.pad_id = self.special.get("<pad>", self.eos_id)  # M1 has none: any id would do
         self.think_end_id = self.special.get("</think>")  # None for M1: it takes several tokens
@@ -65,7 +71,9 @@ class Tokenizer:
             raise ValueError(f"unknown tokenizer {config.tokenizer!r}; choose from byte, m1")
         if path is None:
             raise ValueError("the 'm1' tokenizer is read from the model's directory: pass its path")
-        return cls(m1_encoding(Path(path), config.vocab_size))
+        files = {name: Path(path, name) for name in FILES}
+        files = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+        return cls(m1_encoding(Path(path), config.vocab_size), files)
 
     def encode(self, text, specials=False):
         """Token ids of a text; special tokens that it spells stay text unless specials=True."""
