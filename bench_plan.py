@@ -162,11 +162,12 @@ def traffic(c, a, backward):
         found[item, "reduce-scatter"] = layers, *ring(n * a.exact * backward, *ranks)
     row, inside, others = c.hidden_size * a.compute, min(near, group), a.sequence_parallel - 1
     sent = 2 * again * a.tokens * c.num_experts_per_tok * row / group  # there and back
-    state, kv = c.num_attention_heads * c.head_dim**2 * 4, 2 * c.num_key_value_heads * c.head_dim
+    state, heads = c.num_attention_heads * c.head_dim**2 * 4, 2 * c.num_attention_heads
     found["rows of experts", "all-to-all"] = L, sent * (inside - 1), sent * (group - inside)
-    found["lightning states", "all-gather"] = L - softmax, state * again * others, 0
-    kv *= a.compute * a.tokens  # gathered, its gradient summed
-    found["keys and values", "all-gather"] = softmax, kv * again * others, 0
+    found["lightning states", "all-to-all"] = L - softmax, state * again * others, 0
+    traded = (heads + 2 * c.num_key_value_heads) * c.head_dim * a.compute * a.tokens  # q, k, v; o
+    traded *= again * others / a.sequence_parallel
+    found["tokens for heads of softmax layers", "all-to-all"] = softmax, traded, 0
     return found
 
 

@@ -88,7 +88,7 @@ def tell_sequences(quick):
             model = m1.MiniMaxM1(m1.M1Config.preset(preset))
             tokens, ends = torch.randint(256, (1, n)), torch.tensor([0, n], dtype=torch.int32)
         model.compute, model.recompute = None if quick else torch.bfloat16, True
-        model, part = parallel.shard(model), parallel.part(ends)
+        model, part = parallel.shard(model, device), parallel.part(ends)
         here = slice(None) if part is None else part.here
         seconds = []
         for _ in range(4):

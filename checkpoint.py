@@ -44,12 +44,19 @@ def published_name(name, expert=0):
 
 def published_tensors(model):
     """{published name: view of our parameter}: copy into a view to load, read it to save."""
-    tensors = {}
+    return {published: w for published, w, _ in _held_tensors(model)}
+
+
+def _held_tensors(model):
+    """Of all that this process holds: published name, view of our parameter, which rows it is."""
     for name, p in model.named_parameters():
-        experts = p.detach().unbind() if p.ndim == 3 else [p.detach()]
-        for published, w in zip(_published_parts(model, name, p), experts):
-            tensors[published] = w.T if name.endswith("w2") else w
-    return tensors
+        names, rows = _published_parts(model, name, p), parallel.held(p)
+        own = parallel.own(p).detach()
+        if p.ndim < 3:
+            yield names[0], own, rows
+        else:  # experts, each of which is whole
+            for published, w in zip(names[rows], own):
+                yield published, w.T if name.endswith("w2") else w, slice(None)
 
 
 def _published_parts(model, name, p):
@@ -82,11 +89,12 @@ def saved_steps(folder):
     return sorted(x for x in found if x.is_dir() and not x.is_symlink())
 
 
-def load_pretrained(path, device="cpu", dtype=None, layers=None):
+def load_pretrained(path, device="cpu", dtype=None, layers=None, parts=False):
     """Load a published MiniMax-M1 directory, or a run of train_rl, shard by shard.
 
     layers: the numbers of those to load, range(8) say, to study a part of a model that is too large
-    as a whole; None = all.
+    as a whole; None = all. parts: of several processes each takes, and reads, what parallel.shard
+    gives it.
 
     Peak memory: the model plus one tensor. Checkpoints of ours carry checksums, which are verified;
     published ones have none. dtype None keeps every tensor's stored dtype, which may differ from
@@ -115,21 +123,26 @@ def load_pretrained(path, device="cpu", dtype=None, layers=None):
     expected = {name: tuple(t.shape) for name, t in published_tensors(model).items()}
     _check_names(path, expected, {name: shape for name, (_, shape, _) in stored.items()})
     files = sorted({file for file, _, _ in stored.values()})
-    check_sums(path, [*(file.name for file in files), "config.json"])
+    others = _index(path)[1].keys() - {"trainer.pt"}  # a tokenizer's
+    check_sums(path, sorted({*(file.name for file in files), "config.json", *others}))
 
     for name, p in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        parts = _published_parts(model, name, p)
-        cast = dtype or functools.reduce(torch.promote_types, (stored[x][2] for x in parts))
+        names = _published_parts(model, name, p)
+        cast = dtype or functools.reduce(torch.promote_types, (stored[x][2] for x in names))
         if dtype and ".gate." in name:
             cast = torch.promote_types(dtype, torch.float32)
-        empty = nn.Parameter(torch.empty(p.shape, dtype=cast, device=device))
+        empty = nn.Parameter(torch.empty(p.shape, dtype=cast, device="meta"))
         setattr(model.get_submodule(owner), leaf, empty)
-    views = published_tensors(model)
+    if parts:
+        model = parallel.shard(model, device)
+    model.to_empty(device=device)
+    held = {name: (view, rows) for name, view, rows in _held_tensors(model)}
     for file in files:
         with safe_open(file, framework="pt") as shard:
-            for name in filter(views.__contains__, shard.keys()):
-                views[name].copy_(shard.get_tensor(name))
+            for name in filter(held.__contains__, shard.keys()):
+                view, rows = held[name]
+                view.copy_(shard.get_slice(name)[rows])
     return model
 
 
@@ -318,11 +331,12 @@ def whole(model):
     return copied
 
 
-def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None):
+def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None, files=None):
     """Write a model as config.json, numbered *.safetensors shards and their index.
 
     Everything is written beside `path` first and moved there when complete. Refuses to overwrite. A
-    trainer_state (dicts, lists, numbers, tensors) goes into trainer.pt.
+    trainer_state (dicts, lists, numbers, tensors) goes into trainer.pt. files: others, such as a
+    tokenizer's, {name: bytes}.
     """
     path = Path(path)
     if path.exists():
@@ -353,6 +367,9 @@ def save_pretrained(model, path, max_shard_bytes=2 * 10**9, trainer_state=None):
                 sums[file] = pool.submit(crc32, draft / file)
             total = sum(t.nbytes for shard in shards for t in shard.values())
             weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+            for file, content in (files or {}).items():
+                (draft / file).write_bytes(content)
+                sums[file] = pool.submit(crc32, draft / file)
             if trainer_state is not None:
                 _save_state(on_cpu(trainer_state), draft / "trainer.pt")
                 sums["trainer.pt"] = pool.submit(crc32, draft / "trainer.pt")

@@ -1,7 +1,7 @@
 """What the loop trains on: problems answered, scored, gathered in groups and made into batches.
 
     1. Batches           Batch, make_batch, trained_logp, passes, Imitation
-    2. Answers           respond, scored, evaluate
+    2. Answers           prompt_ids, respond, scored, evaluate
     3. Experience        solvable, collect
 
 Everywhere `flags` is a train_rl.Flags, of which group sizes, limits and seeds are read.
@@ -27,6 +27,7 @@ import parallel
 import tasks
 from cli import model as m1
 from cli import short, torch
+from tokenizer import chat_pieces
 
 
 def substream(seed, *names):
@@ -219,6 +220,14 @@ def packed(batch, size):
 # ============================================================================
 
 
+def prompt_ids(tokenizer, problem):
+    """A problem as tokens: its prompt, or for a chat model a conversation, rules and prompt."""
+    if not tokenizer.has_turns:
+        return tokenizer.encode(problem.prompt)
+    turns = ("system", problem.rules), ("user", problem.prompt)
+    return tokenizer.encode_chat(chat_pieces([{"role": x, "content": text} for x, text in turns]))
+
+
 def respond(model, tokenizer, problems, seed, group_size=1, **how):
     """group_size responses to each problem and their scores: (Rollout, [tasks.Score] * N).
 
@@ -237,15 +246,17 @@ def respond(model, tokenizer, problems, seed, group_size=1, **how):
 
 
 def _respond(model, tokenizer, problems, group_size, how):
-    prompts = [tokenizer.encode(p.prompt) for p in problems]
+    prompts = [prompt_ids(tokenizer, p) for p in problems]
     rollout, scores = engine.generate(model, prompts, **how, **tokenizer.ids()), []
     for i, text in enumerate(response_texts(tokenizer, rollout)):
-        closed = int((rollout.tokens[i] == tokenizer.think_end_id).sum())
-        spelled = text.count(tasks.THINK_END) != closed  # byte by byte it is not the token
-        ended = rollout.ended[i] in ("eos", "budget") and not spelled
+        ended = rollout.ended[i] in ("eos", "budget")
+        if not tokenizer.has_turns:  # byte by byte </think> is not the token
+            closed = int((rollout.tokens[i] == tokenizer.think_end_id).sum())
+            ended = ended and text.count(tasks.THINK_END) == closed
         problem = problems[i // group_size]
         try:
-            scores.append(tasks.score(problem, text, ended))
+            score = tasks.score_chat if tokenizer.has_turns else tasks.score
+            scores.append(score(problem, text, ended))
         except (Exception, SystemExit) as error:  # a verifier's bug costs a reward, not the run
             where = f"the verifier crashed on {problem.prompt!r} ({problem.task})"
             said = f"{where}, which earns nothing: {short(error)}"
@@ -340,7 +351,7 @@ def collect(model, tokenizer, problems, flags, sampling, step):
         right = torch.tensor([s.correct for s in new])
         kept = cispo.informative_groups(right, G).repeat_interleave(G)
         for i in kept.nonzero()[:, 0].tolist():
-            prompt, n = tokenizer.encode(asked[i // G].prompt), int(rollout.lengths[i])
+            prompt, n = prompt_ids(tokenizer, asked[i // G]), int(rollout.lengths[i])
             silent = flags.mask_truncated and rollout.ended[i] == "length"
             learned = rollout.mask[i, :n] & (not silent)
             response, recorded = rollout.tokens[i, :n].tolist(), rollout.logp[i, :n]

@@ -14,8 +14,10 @@ function here gives back what it got, and nothing changes to the bit.
     1. Processes     rank, size, first, by_first, no_bar, start, finish
     2. Shares        share, together, rows, totals, somewhere
     3. Sequences     Part, part, lightning, by_heads, by_tokens
-    4. A model       shard, in_parts, own, exchange, whole, on_first, part_like, clip
+    4. A model       shard, in_parts, own, held, exchange, whole, on_first, part_like, clip
 """
+
+from __future__ import annotations
 
 import bisect
 import functools
@@ -251,8 +253,9 @@ def by_tokens(x, part):
 # ============================================================================
 
 
-def shard(model):
-    """Cut every parameter into parts, one for each rank, all from the weights of the first.
+def shard(model, device):
+    """Cut every parameter into parts, one for each rank, all from the weights of the first; parts
+    of a model on the meta device have no weights yet.
 
     model.layers are gathered one after the other, the rest of the parameters stays gathered from
     model.hidden to the end of the backward pass. Experts, where the ranks divide their number, stay
@@ -271,8 +274,9 @@ def shard(model):
         found = f"{c.num_attention_heads} heads, {c.num_key_value_heads} of keys and values"
         raise ValueError(f"--sp {_sp} must divide the heads of softmax layers, found {found}")
     for p in model.parameters():
-        dist.broadcast(p.data, 0)
-    mesh, experts = init_device_mesh(model.device.type, (size(),)), set()
+        if not p.is_meta:
+            dist.broadcast(p.data, 0)
+    mesh, experts = init_device_mesh(torch.device(device).type, (size(),)), set()
     if model.config.num_local_experts % size() == 0:
         for layer in model.layers:
             moe = layer.block_sparse_moe
@@ -296,6 +300,14 @@ def in_parts(x):
 def own(x):
     """What this rank holds of a tensor that lies in parts, for a product with it."""
     return x.to_local(grad_placements=x.placements) if in_parts(x) else x
+
+
+def held(x):
+    """Which rows of a tensor this rank holds, as a slice."""
+    if not in_parts(x):
+        return slice(None)
+    each = -(-len(x) // size())  # the last ranks may have fewer, or none
+    return slice(*(min(each * at, len(x)) for at in (rank(), rank() + 1)))
 
 
 def exchange(rows, ends):

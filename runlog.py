@@ -250,8 +250,9 @@ class Run:
         tqdm.write(f"{line}  {row['seconds']:.1f} s")
         sys.stdout.flush()
 
-    def save(self, model, optimizer, curriculum, step, keep=2):
+    def save(self, model, optimizer, curriculum, step, files, keep=2):
         """Model (published layout), optimizer and curriculum as one directory, named by `latest`.
+        files: a tokenizer's, see checkpoint.save_pretrained.
 
         Kept are the newest `keep` and the one after the cold start. Nothing else needs saving:
         every random draw has a seed of its own (experience.substream), whatever ran before.
@@ -261,7 +262,7 @@ class Run:
         state |= {"optimizer": optimizer.state_dict(), "curriculum": curriculum.state_dict()}
         model, state = checkpoint.whole(model), parallel.on_first(state)
         if parallel.first():
-            checkpoint.save_pretrained(model, self.folder / name, trainer_state=state)
+            checkpoint.save_pretrained(model, self.folder / name, trainer_state=state, files=files)
             write_file(self.folder / "latest", name + "\n")
             for old in checkpoint.saved_steps(self.folder)[1:-keep]:
                 shutil.rmtree(old)

@@ -231,16 +231,16 @@ def main(argv=None):
         raise ValueError('--model and --prompt are needed, e.g. --model DIR --prompt "+314204="')
     folder = checkpoint.checkpoint_dir(flags.model)
     config = m1.M1Config.from_json(folder)
-    tokenizer, has_turns = Tokenizer.of(config, folder), config.tokenizer == "m1"
-    if not has_turns and (flags.system or flags.tools):
+    tokenizer = Tokenizer.of(config, folder)
+    if not tokenizer.has_turns and (flags.system or flags.tools):
         raise ValueError("--system and --tools need a chat; this model was trained on raw prompts")
     if flags.think_budget is not None and tokenizer.think_end_id is None:
         raise ValueError("--think-budget needs </think> to be one token; here it is several")
     tools = read_tools(flags.tools) if flags.tools else None
     model = checkpoint.load_pretrained(folder, pick_device(flags.device))
     chat_flags = dict(system=flags.system, tools=tools, context=flags.context)
-    chat = Chat(model, tokenizer, **chat_flags) if has_turns else None
-    problems = None if has_turns else run_problems(folder)
+    chat = Chat(model, tokenizer, **chat_flags) if tokenizer.has_turns else None
+    problems = None if chat else run_problems(folder)
 
     def solve(prompt, role, **request):
         return generate(model, [tokenizer.encode(prompt)], **tokenizer.ids(), **request)

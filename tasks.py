@@ -13,10 +13,11 @@ something to teach where only a chain helps:
     chain and answer are the same text, digits backwards say, a guess does as well);
   - each step of the chain is one token, found at a constant distance from what it is made of;
   - there are at most some 40 facts to learn (a 5 x 5 table is 25) and 12 steps.
+The first line of its docstring is what a chat model is told of it.
 
     1. Problems            Problem, the tasks, TASKS, draw, Mix
     2. Demonstrations      demonstration: what the cold start imitates
-    3. Rewards             score
+    3. Rewards             score, score_chat
     4. Curriculum          Growth, Curriculum: windows, difficulty, filtered problems
     5. See it run          main: `python tasks.py`, a problem of each task, what responses earn
 """
@@ -27,13 +28,13 @@ import itertools
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple
 
 from cli import check, fits, short
 
-FORK, GUESS, THINK_END = "~", ".", "</think>"
+FORK, GUESS, THINK, THINK_END = "~", ".", "<think>", "</think>"
 
 # ============================================================================
 # 1. Problems
@@ -52,6 +53,12 @@ class Problem:
     def check(self, answer):
         """Whether a model's answer is right, True or False. Must accept any string."""
         return answer == self.answer
+
+    @property
+    def rules(self):
+        """What a chat model, which was never shown such problems, is told before the prompt."""
+        told = (TASKS[self.task].draw.__doc__ or "").partition("\n")[0]
+        return f"{told} Think first, then give the answer alone.".strip()
 
 
 def mod(rng, n_moves):
@@ -123,7 +130,7 @@ def recall(rng, n_moves, filler=0):
 
 
 def far(rng, n_moves):
-    """recall across 32 characters of filler."""
+    """recall across 32 characters of filler: `f3k7a1---?k=` -> chain a1f3k7, answer k7."""
     return recall(rng, n_moves, filler=32)
 
 
@@ -263,6 +270,16 @@ def score(problem, text, ended=True):
     if not isinstance(correct, bool):
         raise TypeError(f"check must return True or False, found {short(correct)}")
     return Score(correct + FORMAT_REWARD * well_formed, correct, well_formed, text.startswith(FORK))
+
+
+def score_chat(problem, text, ended=True):
+    """score for a chat model, which forks with <think>; that tag and blanks at either end of
+    thinking and answer are no part of them.
+    """
+    thinking, tag, answer = text.partition(THINK_END)
+    thinking = thinking.strip()
+    plain = thinking.removeprefix(THINK).strip() + tag + answer.strip()
+    return replace(score(problem, plain, ended), forked=thinking.startswith(THINK))
 
 
 # ============================================================================

@@ -1086,6 +1086,15 @@ def test_verifiers_pay_right_answers_little_for_form_and_nothing_for_nonsense(ta
         expected = pytest.approx(reward), reward > 1, reward > 0, text[:1] == "~", False
         assert dataclasses.astuple(tasks.score(problem, text)) == expected, text
         assert tasks.score(problem, text, ended=False).reward == 0
+    chats = {f"<think>\n?\n</think>\n\n{right} ": 1.1, f"?</think>{right}": 1.1}
+    chats |= {
+        f"<think>?</think>{wrong}": 0.1,
+        f"<think>\n</think>{right}": 0,
+        "<think>?</think> ": 0,
+    }
+    for text, reward in chats.items():
+        scored = tasks.score_chat(problem, text)
+        assert (scored.reward, scored.forked) == (pytest.approx(reward), text[0] == "<")
     for verdict in (0.5, math.nan, 1, None, torch.tensor(True), np.bool_(True)):
         with mock.patch.object(tasks.Problem, "check", lambda *_, v=verdict: v):
             with pytest.raises(TypeError, match="must return True or False"):
@@ -1708,7 +1717,7 @@ def test_what_is_not_given_follows_from_algorithm_model_and_start(run):
     patterns = {"--preset tiny": [0] * 7 + [1], "--softmax-every 0": [0] * 8}
     patterns |= {"--softmax-every 1": [1] * 8, "--softmax-every 2": [0, 1] * 4}
     for flags, types_of_layers in patterns.items():
-        assert train_rl.new_model(read(flags)).config.attn_type_list == types_of_layers
+        assert train_rl.model_config(read(flags), None).attn_type_list == types_of_layers
 
 
 def test_only_the_main_job_is_laid_beside_the_reference_seeds(run, tmp_path, capsys):
@@ -1767,7 +1776,8 @@ def start(tmp_path_factory):
 
 
 WIDE = """
-import train_rl
+import runlog, train_rl
+runlog.draw_curves = lambda *x: None
 real = train_rl.load_model
 train_rl.load_model = lambda *x: real(*x).double()  # so that rounding changes no token
 train_rl.main()
@@ -1782,6 +1792,33 @@ def processes(n, script, flags):
     return subprocess.run([*torchrun, f"--nproc_per_node={n}", script, *flags.split()], **how)
 
 
+def by_one(flags):
+    """WIDE in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        real = train_rl.load_model
+        patch.setattr(train_rl, "load_model", lambda *x: real(*x).double())
+        quickly(flags.split())
+
+
+def same(step, *folders, atol=1e-15):
+    """Two runs of equal numbers up to a step."""
+    logs = [runlog.read_log(folder / "log.csv")[: step + 1] for folder in folders]
+    assert logs[0][step]["updates"] == 2
+    for row, other in zip(*logs, strict=True):
+        names = row.keys() - {"seconds", *runlog.TIMES}
+        assert {x: other[x] for x in names} == pytest.approx({x: row[x] for x in names}, 1e-5)
+    told, drops = (
+        [(x / name).read_text() for x in folders] for name in ("samples.txt", "dropped.csv")
+    )
+    assert told[0] == told[1] and drops[0] == drops[1]
+    ends = [folder / f"step-{step:06d}" for folder in folders]
+    for p, q in zip(*(load_pretrained(end).parameters() for end in ends)):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1000 * atol)
+    states = [torch.load(end / "trainer.pt")["optimizer"]["state"] for end in ends]
+    for number, moments in states[0].items():
+        torch.testing.assert_close(moments, states[1][number], rtol=1e-9, atol=atol)
+
+
 def test_several_processes_take_the_steps_of_one_and_go_on_with_any_number(start, tmp_path):
     """The first step by three processes, the second by one, or by four, of which two share tokens,
     in small passes. Three cannot divide the four experts; four have one each.
@@ -1790,30 +1827,6 @@ def test_several_processes_take_the_steps_of_one_and_go_on_with_any_number(start
     alone, three, four, one = (tmp_path / name for name in ("alone", "three", "four", "one"))
     script = tmp_path / "wide.py"
     script.write_text(WIDE)
-
-    def by_one(flags):
-        with pytest.MonkeyPatch.context() as patch:
-            real = train_rl.load_model
-            patch.setattr(train_rl, "load_model", lambda *x: real(*x).double())
-            train_rl.main(flags.split())
-
-    def same(step, *folders):
-        logs = [runlog.read_log(folder / "log.csv")[: step + 1] for folder in folders]
-        assert logs[0][step]["updates"] == 2
-        for row, other in zip(*logs, strict=True):
-            names = row.keys() - {"seconds", *runlog.TIMES}
-            assert {x: other[x] for x in names} == pytest.approx({x: row[x] for x in names}, 1e-5)
-        told, drops = (
-            [(x / name).read_text() for x in folders] for name in ("samples.txt", "dropped.csv")
-        )
-        assert told[0] == told[1] and drops[0] == drops[1]
-        ends = [folder / f"step-{step:06d}" for folder in folders]
-        for p, q in zip(*(load_pretrained(end).parameters() for end in ends)):
-            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
-        states = [torch.load(end / "trainer.pt")["optimizer"]["state"] for end in ends]
-        for number, moments in states[0].items():
-            torch.testing.assert_close(moments, states[1][number], rtol=1e-9, atol=1e-15)
-
     by_one(f"{flags} 1 --out {alone}")
     done = processes(3, script, f"{flags} 1 --out {three}")
     assert done.returncode == 0 and done.stdout.count("see ") == 1, done.stderr  # the first speaks
@@ -1824,6 +1837,102 @@ def test_several_processes_take_the_steps_of_one_and_go_on_with_any_number(start
     done = processes(4, script, f"--resume {four} --steps 2 --sp 2 --micro-tokens 40")
     assert done.returncode == 0, done.stderr
     same(2, one, four)
+
+
+CHAT_MERGES = "t h, i n, th in, thin k, < think, < /, > Ċ, >Ċ Ċ".split(", ")
+CHAT_FLAGS = "--task mod --moves 3 --prompts 4 --group-size 3 --updates-per-rollout 2 --lr 1e-3"
+CHAT_FLAGS += " --eval-problems 1 --max-new-tokens 9 --steps 1"
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    """A random model in M1's published layout, of its 200,064 ids, and a run of it. Embeddings and
+    head are such that it answers every chat with a thought and one of five digits.
+    """
+    folder, out = (tmp_path_factory.mktemp("chat") / name for name in ("model", "run"))
+    sizes = dict(vocab_size=200_064, hidden_size=8, initializer_range=0.02)
+    model = small_model(dtype=torch.bfloat16, tokenizer="m1", **sizes)
+    names = [f"filler {i}" for i in range(200_000)]
+    names[500 : 500 + 256] = byte_letters()
+    names[190_000 : 190_000 + len(CHAT_MERGES)] = (m.replace(" ", "") for m in CHAT_MERGES)
+    ids = {name: i for i, name in enumerate(names)}
+    texts = [x.split() for x in "Ċ,<think,>Ċ,a,</,think,>ĊĊ,0 1 2 3 4".split(",")]
+    steps = [*([ids[x] for x in text] for text in texts), [M1_SPECIALS["<end_of_sentence>"]]]
+    for i, (now, later) in enumerate(itertools.pairwise(steps)):
+        model.embed_tokens.weight.data[now] = 9 * torch.eye(8, dtype=torch.bfloat16)[i]
+        model.lm_head.weight.data[later, i] = 7
+    save_pretrained(model, folder, max_shard_bytes=10**6)
+    config, index = (folder / x for x in ("config.json", "model.safetensors.index.json"))
+    ours, listed = ("tokenizer", "pad_token_id"), {"weight_map": read_json(index)["weight_map"]}
+    config.write_text(json.dumps({k: x for k, x in read_json(config).items() if k not in ours}))
+    index.write_text(json.dumps(listed))
+    (folder / "merges.txt").write_text("\n".join(CHAT_MERGES))
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "..."}')
+    by_one(f"{CHAT_FLAGS} --init {folder} --out {out}")
+    return folder, out
+
+
+def test_m1_itself_is_asked_in_chat_turns_and_its_spelled_thinking_earns(chat, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(chat[1], run)
+    row = runlog.read_log(run / "log.csv")[1]
+    assert 0 < row["correct"] < 0.5 and row["updates"] == 2
+    assert [row[x] for x in ("well_formed", "fork_rate", "length")] == pytest.approx([1, 1, 8], 0.1)
+    assert r"=<think>\na</think>\n\n" in (run / "samples.txt").read_text()
+    t = Tokenizer.of(M1Config(), run / "step-000001")  # a checkpoint is complete
+    problem = tasks.solve_mod("+314=")
+    ids = experience.prompt_ids(t, problem)
+    turns = [{"role": "system", "content": problem.rules}, {"role": "user", "content": "+314="}]
+    assert t.decode(ids) == chat_prompt(turns) and ids[0] == M1_SPECIALS["<begin_of_document>"]
+    assert "running sum modulo 5" in problem.rules and len(t.encode("</think>\n\n")) == 3
+    by_one(f"--resume {run}")  # though it is not told where it came from
+    capsys.readouterr()
+    sample.main(f"--model {run} --prompt hi --max-new-tokens 9".split())
+    assert capsys.readouterr().out.startswith("<think>\na</think>\n\n")
+    file = run / "step-000001/merges.txt"
+    file.write_text(file.read_text() + "\n")
+    refuses(capsys, train_rl.main, f"--resume {run} --steps 3", "merges.txt is damaged")
+
+
+COUNTED = f"""
+import checkpoint, json, os
+opened, n = checkpoint.safe_open, {{}}
+
+class Counted:
+    def __init__(self, own, name=""):
+        self.own, self.name = own, name
+    def __getattr__(self, name):
+        return getattr(self.own, name)
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        pass
+    def get_slice(self, name):
+        return Counted(self.own.get_slice(name), name)
+    def __getitem__(self, rows):
+        n[self.name] = self.own[rows].numel()
+        return self.own[rows]
+
+checkpoint.safe_open = lambda *x, **how: Counted(opened(*x, **how))
+{WIDE}
+json.dump(n, open("read-" + os.environ["RANK"], "w"))
+"""
+
+
+def test_two_processes_read_a_model_once_between_them_and_learn_what_one_does(
+    chat, tmp_path, monkeypatch
+):
+    folder, out = chat
+    monkeypatch.chdir(tmp_path)
+    Path("counted.py").write_text(COUNTED)
+    done = processes(2, "counted.py", f"{CHAT_FLAGS} --init {folder} --out two")
+    assert done.returncode == 0, done.stderr
+    same(1, out, tmp_path / "two", atol=1e-11)
+    read = [collections.Counter(read_json(f"read-{rank}")) for rank in range(2)]
+    size = {name: t.numel() for name, t in published_tensors(load_pretrained(folder)).items()}
+    assert read[0] + read[1] == size
+    assert all(0.4 < sum(n.values()) / sum(size.values()) < 0.6 for n in read)
 
 
 def test_processes_refuse_groups_too_small_to_share_and_flags_that_differ(monkeypatch):
@@ -2064,11 +2173,14 @@ def naive_bpe(text, merges):
         yield from parts
 
 
-@pytest.mark.parametrize("name", ["merges.txt", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["merges.txt", "vocab.json", "tokenizer.json"])
 def test_a_published_tokenizer_has_the_ids_of_its_files_and_merges_by_rank(tmp_path, name):
     assert "".join(LETTERS[b] for b in (0, 10, 32, 33, 127, 160, 161, 173, 255)) == "ĀĊĠ!ġł¡Ńÿ"
     (tmp_path / "merges.txt").write_bytes(MERGES_TXT)
     expected, specials = SMALL_IDS, M1_SPECIALS
+    if name == "vocab.json":  # says which id a token of merges.txt has
+        expected, _ = tokenizer_json()
+        (tmp_path / name).write_text(json.dumps(expected))
     if name == "tokenizer.json":  # comes first
         expected, _ = tokenizer_json()
         (tmp_path / name).write_bytes(with_step("pre_tokenizer", pipeline()))
@@ -2084,6 +2196,9 @@ def test_a_published_tokenizer_has_the_ids_of_its_files_and_merges_by_rank(tmp_p
     assert t.decode([150_000, expected["h"]]) == "\ufffdh"  # an id without a token
     assert len(t.encode("x" + " " * 400_000)) == 400_001
     says("500,000 blanks in a row", t.encode, "x" + "\n" * 1_000_001)
+    if name == "vocab.json":
+        (tmp_path / name).write_text("{}")
+        says("vocab.json with merges.txt is not a .* it lacks", Tokenizer.of, M1Config(), tmp_path)
 
 
 def test_m1s_own_merges_give_its_own_ids(tmp_path):
@@ -2625,6 +2740,7 @@ train_rl | --init parity --preset tiny / --init parity --softmax-every 2 | no FL
 train_rl | --init parity --sft-steps 9 / --init parity --fork-prior 0.5 | no FLAG
 train_rl | --init parity --eval parity / --resume parity --out x | exclude each other
 train_rl | --init parity | tokenizer
+train_rl | --init chat / --eval chat | is a chat model, and how long it may think is not said; give
 train_rl | --eval parity --lr 1 | lr would change
 train_rl | --resume nowhere / --resume parity | no run.json
 train_rl | --out . / --out LICENSE | not empty

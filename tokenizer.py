@@ -37,13 +37,19 @@ SPLIT = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MOST_BLANKS = 500_000  # tiktoken's regular expressions break at a million
+FILES = "tokenizer.json vocab.json merges.txt tokenizer_config.json chat_template.jinja".split()
 
 
 class Tokenizer:
-    """Text <-> token ids, around a tiktoken.Encoding. special: {name: id}."""
+    """Text <-> token ids, around a tiktoken.Encoding.
 
-    def __init__(self, encoding):
+    special: {name: id}; has_turns: its model chats, so a prompt is a user's turn; files: {name:
+    bytes} of what its directory has of it.
+    """
+
+    def __init__(self, encoding, files=None):
         self.encoding, self.special = encoding, encoding._special_tokens
+        self.has_turns, self.files = encoding.name == "m1", files or {}
         self.eos_id = self.special["<end_of_sentence>"]
         self.pad_id = self.special.get("<pad>", self.eos_id)  # M1 has none: any id would do
         self.think_end_id = self.special.get("</think>")  # None for M1: it takes several tokens
@@ -65,7 +71,9 @@ class Tokenizer:
             raise ValueError(f"unknown tokenizer {config.tokenizer!r}; choose from byte, m1")
         if path is None:
             raise ValueError("the 'm1' tokenizer is read from the model's directory: pass its path")
-        return cls(m1_encoding(Path(path), config.vocab_size))
+        files = {name: Path(path, name) for name in FILES}
+        files = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+        return cls(m1_encoding(Path(path), config.vocab_size), files)
 
     def encode(self, text, specials=False):
         """Token ids of a text; special tokens that it spells stay text unless specials=True."""
@@ -99,34 +107,35 @@ class Tokenizer:
 def m1_encoding(folder, vocab_size):
     """Byte-level BPE from the tokenizer.json of a published directory, or else its merges.txt.
 
-    tokenizer.json gives every id. merges.txt leaves them to M1's rule: byte b has id b, the merge
-    of rank r (from 0) id 256 + r, special tokens M1_SPECIALS. tiktoken joins the pair whose result
-    has the smallest id, so ids must rise with rank. ValueError if a file is missing, malformed, or
-    does not fit a model of vocab_size tokens.
+    tokenizer.json gives every id, as vocab.json does beside merges.txt. Without it M1's rule does:
+    byte b has id b, the merge of rank r (from 0) id 256 + r, special tokens M1_SPECIALS. tiktoken
+    joins the pair whose result has the smallest id, so ids must rise with rank. ValueError if a
+    file is missing, malformed, or does not fit a model of vocab_size tokens.
     """
     files = [folder / name for name in ("tokenizer.json", "merges.txt")]
     file = next(filter(Path.is_file, files), None)
     if file is None:
         raise ValueError(f"{folder} has no tokenizer: put its tokenizer.json or merges.txt there")
-    byte_of, special = {letter: b for b, letter in enumerate(byte_letters())}, dict(M1_SPECIALS)
+    byte_of, added = {letter: b for b, letter in enumerate(byte_letters())}, {}
     try:
         if file.suffix == ".json":
             stored = read_json(file)
             check_pipeline(stored)
             vocab, merges = stored["model"]["vocab"], stored["model"]["merges"]
-            special |= {name: vocab[name] for name in special if name in vocab}
-            added = stored.get("added_tokens") or []
-            special |= {token["content"]: token["id"] for token in added}
-            if not fits([*special], list[str]) or "" in special:
+            added = {x["content"]: x["id"] for x in stored.get("added_tokens") or []}
+            if not fits([*added], list[str]) or "" in added:
                 raise ValueError("an added token has no text")
         else:
-            lines = read_text(file).split("\n")
+            lines, table = read_text(file).split("\n"), folder / "vocab.json"
             vocab, merges = None, filter(None, lines[lines[0].startswith("#version") :])
+            if table.is_file():
+                vocab, file = read_json(table), f"{table} with {file.name}"
         pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
         merged = [a + b for a, b in pairs]
         tokens = [*byte_of, *merged]
         if vocab is None:
             vocab = {token: i for i, token in enumerate(tokens)}
+        special = {name: vocab.get(name, i) for name, i in M1_SPECIALS.items()} | added
         ranks = {bytes(byte_of[letter] for letter in token): vocab[token] for token in tokens}
         ids, rising = [*ranks.values(), *special.values()], [vocab[token] for token in merged]
         if not fits(ids, list[int]) or len(ranks) < len(tokens) or len(set(ids)) < len(ids):

@@ -57,6 +57,7 @@ from experience import (
     evaluate,
     make_batch,
     passes,
+    prompt_ids,
     respond,
     response_texts,
     solvable,
@@ -99,7 +100,8 @@ class Flags:
     softmax_every: int | None = None
     """every n-th layer has softmax attention: 1 = all, 0 = none; None = 8 (M1), or as --init"""
     init: str | None = None
-    """start RL from this run or model directory, with its tasks and moves, without a cold start"""
+    """start RL from this run, with its tasks and moves, or from a published directory, M1's say;
+    without a cold start"""
     resume: str | None = None
     """go on with this run folder; --steps, --device, --checkpoint-every and what saves memory may
     change"""
@@ -333,7 +335,7 @@ def train(flags):
             run.log(row, drops, step_line(row, flags, drops))
             due = step % flags.checkpoint_every == 0 and run.rested
             if parallel.somewhere(due or step == flags.steps or run.stopping):
-                run.save(model, optimizer, curriculum, step)
+                run.save(model, optimizer, curriculum, step, tokenizer.files)
     return runlog.finish(run, show_samples(model, tokenizer, flags), *named(flags))
 
 
@@ -399,12 +401,13 @@ def begin(flags):
     run = runlog.Run(flags.resume) if flags.resume else None
     resumed = run and runlog.last_saved(run.folder)
     stored = run.folder if resumed else flags.init
-    device = parallel.start(choose_device(flags, stored), flags.sp)
+    config = model_config(flags, stored)
+    device = parallel.start(choose_device(flags, config), flags.sp)
     check_processes(flags)
-    model = parallel.shard(load_model(flags, stored, device))
-    tokenizer, optimizer = Tokenizer.of(model.config), make_optimizer(model)
-    curriculum = tasks.Curriculum(flags.mix, flags.growth)
-    check_lengths(flags, tokenizer, model.config.max_position_embeddings)
+    tokenizer = load_tokenizer(flags, stored, config)
+    check_lengths(flags, tokenizer, config.max_position_embeddings)
+    model = load_model(flags, stored, config, device)
+    optimizer, curriculum = make_optimizer(model), tasks.Curriculum(flags.mix, flags.growth)
     if resumed:
         runlog.reopen(run, optimizer, curriculum, device, flags.steps)
     if not run:
@@ -416,13 +419,39 @@ def begin(flags):
     return run, model, tokenizer, optimizer, curriculum
 
 
-def load_model(flags, stored, device):
-    """The model of a run or directory, or a new one: fp32 weights, activations of --dtype."""
+def model_config(flags, stored):
+    """The configuration of a run or directory, or of a new model of --preset and --softmax-every
+    that speaks bytes.
+    """
     if stored:
-        model = checkpoint.load_pretrained(stored, device, torch.float32)
+        return m1.M1Config.from_json(checkpoint.checkpoint_dir(stored))
+    byte, preset, every = Tokenizer.byte(), flags.preset or "tiny", flags.softmax_every
+    changes = dict(eos_token_id=byte.eos_id, pad_token_id=byte.pad_id)
+    if every is not None:
+        layers = range(m1.PRESETS[preset]["num_hidden_layers"])
+        changes["attn_type_list"] = [int(every > 0 and (l + 1) % every == 0) for l in layers]
+    return m1.M1Config.preset(preset, **changes)
+
+
+def load_tokenizer(flags, stored, config):
+    """The tokenizer of a model, which a chat model's directory holds."""
+    tokenizer = Tokenizer.of(config, stored and checkpoint.checkpoint_dir(stored))
+    if tokenizer.has_turns and not (flags.sampling.max_new_tokens or flags.growth.limits):
+        what = f"{stored} is a chat model, and how long it may think is not said"
+        raise ValueError(f"{what}; give --max-new-tokens, 4096 say")
+    return tokenizer
+
+
+def load_model(flags, stored, config, device):
+    """The model of a run or directory, or a new one: fp32 weights, activations of --dtype; on
+    several processes in parts.
+    """
+    if stored:
+        model = checkpoint.load_pretrained(stored, device, torch.float32, parts=True)
     else:
         with torch.device(device):
-            model = new_model(flags)
+            model = m1.MiniMaxM1(config)
+        model = parallel.shard(model, device)
     if flags.dtype == "bf16" or (flags.dtype == "auto" and device.startswith("cuda")):
         model.compute = torch.bfloat16
     model.recompute = flags.recompute
@@ -446,30 +475,17 @@ def check_lengths(flags, tokenizer, limit):
     """ValueError if prompts with their responses are longer than the model can take."""
     hardest = flags.growth.max_moves or flags.mix.moves
     problems = tasks.draw(random.Random(0), len(flags.mix.names), flags.mix.names, hardest)
-    prompt = max(len(tokenizer.encode(p.prompt)) for p in problems)
+    prompt = max(len(prompt_ids(tokenizer, p)) for p in problems)
     longest = max(flags.longest(), flags.longest(hardest))
     if prompt + longest > limit:
         found = f"a prompt of {prompt} tokens and a response of up to {longest}"
         raise ValueError(f"{found} exceed the model's {limit}: lower --max-new-tokens or --windows")
 
 
-def choose_device(flags, stored):
+def choose_device(flags, config):
     """--device, where auto means the CPU for `tiny`, whose operations are too small for a GPU."""
-    tiny = m1.PRESETS["tiny"]["hidden_size"]
-    width = m1.PRESETS[flags.preset or "tiny"]["hidden_size"]
-    if stored:
-        width = m1.M1Config.from_json(checkpoint.checkpoint_dir(stored)).hidden_size
-    return "cpu" if width <= tiny and flags.device == "auto" else pick_device(flags.device)
-
-
-def new_model(flags):
-    """An untrained model of --preset and --softmax-every that speaks bytes."""
-    byte, preset, every = Tokenizer.byte(), flags.preset or "tiny", flags.softmax_every
-    changes = dict(eos_token_id=byte.eos_id, pad_token_id=byte.pad_id)
-    if every is not None:
-        layers = range(m1.PRESETS[preset]["num_hidden_layers"])
-        changes["attn_type_list"] = [int(every > 0 and (l + 1) % every == 0) for l in layers]
-    return m1.MiniMaxM1(m1.M1Config.preset(preset, **changes))
+    tiny = config.hidden_size <= m1.PRESETS["tiny"]["hidden_size"]
+    return "cpu" if tiny and flags.device == "auto" else pick_device(flags.device)
 
 
 def before_rl(run, model, tokenizer, flags, curriculum):
@@ -493,7 +509,8 @@ def show_samples(model, tokenizer, flags, n=6):
     """A few held-out problems with one sampled response each, as text."""
     problems, seed = flags.held_out[:n], substream(flags.seed, "samples")
     rollout, scores = respond(model, tokenizer, problems, seed, **flags.limits())
-    rows = zip(problems, response_texts(tokenizer, rollout), scores)
+    texts = ("\\n".join(x.splitlines()) for x in response_texts(tokenizer, rollout))
+    rows = zip(problems, texts, scores)
     line = "  {}{:<30}  answer {}  reward {:.1f}\n"
     return "".join(line.format(p.prompt, text, p.answer, s.reward) for p, text, s in rows)
 
@@ -612,9 +629,10 @@ def main(argv=None):
         summary = train(flags)
         parallel.finish()
         return summary
-    device = parallel.start(choose_device(flags, flags.eval))
-    model = load_model(flags, flags.eval, device)
-    scores = evaluate(model, Tokenizer.of(model.config), flags)
+    config = model_config(flags, flags.eval)
+    device = parallel.start(choose_device(flags, config))
+    model = load_model(flags, flags.eval, config, device)
+    scores = evaluate(model, load_tokenizer(flags, flags.eval, config), flags)
     told = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"{checkpoint.checkpoint_dir(flags.eval)}: {told}")
     parallel.finish()
