@@ -23,7 +23,7 @@ from runlog import read_log
 from studies.common import print_table, recorded
 
 BEGIN = "--preset base --moves 10 --steps 0 --eval-problems 8"
-STEPS = "--prompts 256 --group-size 16 --micro-tokens 32768 --steps 4 --eval-problems 8"
+STEPS = "--prompts 1024 --group-size 16 --max-rows 4096 --micro-tokens 65536 --steps 4 --eval-problems 8"
 QUICK = {"BEGIN": "--task mod --moves 3 --sft-steps 60 --steps 0 --eval-problems 2"}
 QUICK |= {"STEPS": "--prompts 8 --group-size 4 --steps 3 --eval-problems 2"}
 SEQUENCES = [("base", 2**18), ("small", 2**20)]  # tokens

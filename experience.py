@@ -81,9 +81,10 @@ def make_batch(prompts, responses, learned, device, rewards=None, infer_logp=Non
     """
 
     def align(values):  # (N, L - 1), zeros at prompts and padding
-        rows = (torch.as_tensor(v, device=device) for v in values)
+        rows = (torch.as_tensor(v, device="cpu") for v in values)  # thousands of small ones
         rows = [torch.nn.functional.pad(v, (len(p) - 1, 0)) for v, p in zip(rows, prompts)]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+        return padded.to(device)
 
     tokens, mask = engine.left_pad([[*p, *r] for p, r in zip(prompts, responses)], 0, device)
     if rewards is None:
@@ -229,7 +230,7 @@ def prompt_ids(tokenizer, problem):
 
 
 def respond(model, tokenizer, problems, seed, group_size=1, **how):
-    """group_size responses to each problem and their scores: (Rollout, [tasks.Score] * N).
+    """group_size responses to each problem and their scores: (a Rollout on the CPU, N tasks.Score).
 
     how: max_new_tokens and further arguments of engine.generate. Where a verifier raises, the score
     is tasks.CRASHED. Of several processes each answers its share, and all get all answers.
@@ -240,14 +241,14 @@ def respond(model, tokenizer, problems, seed, group_size=1, **how):
         found = [_respond(weights, tokenizer, problems[mine], group_size, how)]
     if parallel.size() == 1:
         return found[0]
-    found = parallel.together([(rollout.to("cpu"), scores) for rollout, scores in found])
-    rollouts, scores = zip(*found)
-    return engine.Rollout.joined(rollouts).to(model.device), [x for own in scores for x in own]
+    rollouts, scores = zip(*parallel.together(found))
+    return engine.Rollout.joined(rollouts), [x for own in scores for x in own]
 
 
 def _respond(model, tokenizer, problems, group_size, how):
     prompts = [prompt_ids(tokenizer, p) for p in problems]
-    rollout, scores = engine.generate(model, prompts, **how, **tokenizer.ids()), []
+    rollout = engine.generate(model, prompts, **how, **tokenizer.ids()).to("cpu")
+    scores = []
     for i, text in enumerate(response_texts(tokenizer, rollout)):
         ended = rollout.ended[i] in ("eos", "budget")
         if not tokenizer.has_turns:  # byte by byte </think> is not the token

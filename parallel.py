@@ -128,15 +128,19 @@ def together(things):
     return [x for own in lists for x in own]
 
 
-def rows(x):
-    """Rows (n, ...) of all ranks as one tensor, in the order of ranks; without gradients. Of ranks
-    that share tokens each has zeros at others' tokens.
+def rows(tensors):
+    """[tensors (n, ...)] -> each with the rows of all ranks, in their order; without gradients. Of
+    ranks that share tokens each has zeros at others' tokens.
     """
     if size() == 1:
-        return x
-    ranks = together([x.detach().cpu()])
-    groups = (ranks[i : i + _sp] for i in range(0, size(), _sp))
-    return torch.cat([torch.stack(group).sum(0) for group in groups]).to(x)
+        return tensors
+
+    def joined(x, *parts):
+        groups = (parts[i : i + _sp] for i in range(0, len(parts), _sp))
+        return torch.cat([torch.stack(group).sum(0) for group in groups]).to(x)
+
+    ranks = together([[x.detach().cpu() for x in tensors]])
+    return [joined(*parts) for parts in zip(tensors, *ranks)]
 
 
 def totals(x, n=0):
@@ -228,7 +232,8 @@ def lightning(q, k, v, slope, part):
     t = torch.arange(1, part.begun + 1, device=q.device)
     fade = torch.exp(-t[:, None] * rate).to(q.dtype)[..., None]  # (t, H, 1)
     older = torch.einsum("thk,hkv->thv", q[0, : part.begun] * fade, S.to(q.dtype))
-    return torch.cat([o[:, : part.begun] + older, o[:, part.begun :]], 1)
+    o[:, : part.begun] += older
+    return o
 
 
 def by_heads(x, part):

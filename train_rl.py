@@ -354,9 +354,12 @@ def measure(slices, old, watched, recipe, longest):
     """
     trained, A = (torch.cat([getattr(p, x) for p in slices]) for x in ("trained", "advantages"))
     infer_logp = torch.cat([part.infer_logp for part in slices])[trained]
-    everything = [p for part in old for p in part]
-    old_logp = torch.cat([parallel.rows(p.logp) for p in everything])[trained]
-    entropy = torch.cat([parallel.rows(p.entropy) for p in everything])[trained]
+    done = [pair for before, (_, parts) in zip(old, watched) for pair in zip(before, parts)]
+    told = [(was.logp, was.entropy, ratio, lost) for was, (_, ratio, lost, _) in done]
+    told = parallel.rows([x for column in zip(*told) for x in column])  # in one exchange
+    n = len(done)
+    logp, entropy, log_ratio, dropped = (torch.cat(told[i * n : i * n + n]) for i in range(4))
+    old_logp, entropy = logp[trained], entropy[trained]
     gap = (old_logp - infer_logp).abs()
     row = {
         "entropy": float(entropy.mean()),
@@ -372,10 +375,10 @@ def measure(slices, old, watched, recipe, longest):
             row[f"negative_{half}"] = float(size[A < 0].sum()) / total
 
     logs, drops = [], []
-    for part, before, (norm, parts) in zip(slices, old, watched):
-        losses, log_ratio, dropped, auxs = zip(*parts)
-        passed = [p.logp for p in before], log_ratio, dropped
-        logp, log_ratio, dropped = (torch.cat([*map(parallel.rows, x)]) for x in passed)
+    sizes = [len(part.tokens) for part in slices]
+    split = zip(*(x.split(sizes) for x in (logp, log_ratio, dropped)))
+    for part, (logp, log_ratio, dropped), (norm, parts) in zip(slices, split, watched):
+        losses, _, _, auxs = zip(*parts)
         aux = auxs[-1]  # the loads of all passes are the whole slice's; a layer's sum is k
         load = aux.expert_load / aux.expert_load.sum(1, keepdim=True).round()  # (layers, E)
         beyond = (load - CAPACITY / load.shape[1]).clamp(min=0).sum(1).mean()
