@@ -23,9 +23,9 @@ from runlog import read_log
 from studies.common import print_table, recorded
 
 BEGIN = "--preset base --moves 10 --steps 0 --eval-problems 8"
-STEPS = "--prompts 1024 --group-size 16 --max-rows 4096 --micro-tokens 65536 --steps 4 --eval-problems 8"
+STEPS = "--prompts 1024 --group-size 16 --max-rows 4096 --micro-tokens 65536 --steps 4"
 QUICK = {"BEGIN": "--task mod --moves 3 --sft-steps 60 --steps 0 --eval-problems 2"}
-QUICK |= {"STEPS": "--prompts 8 --group-size 4 --steps 3 --eval-problems 2"}
+QUICK |= {"STEPS": "--prompts 8 --group-size 4 --steps 3"}
 SEQUENCES = [("base", 2**18), ("small", 2**20)]  # tokens
 
 
@@ -50,7 +50,7 @@ def measure(quick):
         run(1, f"train_rl.py {begin} --out {start}")
         for processes in (2**i for i in range(n.bit_length())):
             out = Path(folder, str(processes))
-            run(processes, f"train_rl.py --init {start} {steps} --out {out}")
+            run(processes, f"train_rl.py --init {start} {steps} --eval-problems 8 --out {out}")
             log = read_log(out / "log.csv")[2:]  # the first step compiles
             for part in ("rollout_s", "reward_s", "update_s", "seconds"):
                 job = "a step of RL" if part == "seconds" else f"... {part[:-2]}"
