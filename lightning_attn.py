@@ -253,28 +253,29 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 
 @functools.partial(jit, do_not_specialize=["L"])  # or it is compiled for odd and even L
 def _scan_kernel(
-    a, b, c, o, o_ptr, local, step_a, step_b, step_c, a2, b2, c2, o2, o2_ptr, local2, step_a2,
-    step_b2, step_c2, slope, first, last, cu_seqlens, L, H, segment, n_segments,
+    a, b, c, o, o_ptr, step_a, step_b, step_c, a2, b2, c2, o2, o2_ptr, step_a2, step_b2, step_c2,
+    local, slope, first, last, cu_seqlens, L, H, segment, n_segments,
     FLIP: tl.constexpr, REVERSE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    OUTPUT: tl.constexpr,
+    EARLY: tl.constexpr, OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """o = scan(a, b, c) of one head, BV columns of c and one segment.
 
     a, b (B, L, H, K), c, o (B, L, H, V): descriptors. o_ptr: o again, for masked stores. step_*:
     elements between heads. first, last (N, H, K, V), but (N, H, V, K) with FLIP, and then no last
-    is stored. OUTPUT False: no o, only `local` (N, segments, H, V, K), what each segment adds to
-    the state. a2 and so on: None, or a second scan of the same widths beside the first, not
-    flipped: each finds in the L2 cache what the other has read.
+    is stored. OUTPUT False: no o, only `local` (N, segments, H, 2, V, K), what each segment adds to
+    the state, at 1 with FLIP. a2 and so on: None, or a second scan beside the first, not flipped,
+    of the transposed state: each finds in the L2 cache what the other has read.
     """
+    if EARLY and not OUTPUT:
+        tl.extra.cuda.gdc_launch_dependents()  # the launch with OUTPUT may take what room is left
     n_v, flip = tl.cdiv(V, BV), FLIP
-    pid, part = tl.program_id(0) // n_v, tl.program_id(0) % n_v
+    pid, v0 = tl.program_id(0) // n_v, tl.program_id(0) % n_v * BV
     if a2 is not None:
-        pid, flip = tl.program_id(0) // (2 * n_v), tl.program_id(0) // n_v % 2 == 0
+        pid, flip = (pid // 2, pid % 2 == 0) if OUTPUT else (pid, False)
         if flip == 0:  # tensors are chosen: two branches would take the shared memory of both
-            a, b, c, o, o_ptr, local = a2, b2, c2, o2, o2_ptr, local2
+            a, b, c, o, o_ptr = a2, b2, c2, o2, o2_ptr
             step_a, step_b, step_c = step_a2, step_b2, step_c2
-    v0 = part * BV
     BK: tl.constexpr = triton.next_power_of_2(K)
     h, g, n = pid % H, pid // H % n_segments, pid // (H * n_segments)
     row, start, n_tokens = _sequence(cu_seqlens, n, L)
@@ -294,12 +295,17 @@ def _scan_kernel(
     inside = (vs < V) & (ks < K)
     at_state = tl.where(flip, ks + vs * K, ks * V + vs)
     S = tl.zeros([BV, BK], dtype=tl.float32)
+    at_local = (2 * pid + flip).to(tl.int64) * K * V
     if OUTPUT:
         if first is not None:
-            first += (n * H + h).to(tl.int64) * K * V
-            S = tl.load(first + at_state, mask=inside, other=0.0)
+            S = tl.load(first + (n * H + h).to(tl.int64) * K * V + at_state, mask=inside, other=0.0)
+        if EARLY:  # all but `local` was whole before its launch began; nothing is written before it
+            tl.extra.cuda.gdc_wait()
         if local is not None:
-            S = _add_segments(S, local, rate, segment, n, n_segments, g, h, H, K, V, vs, ks)
+            forget_segment = _forget_kernel(rate, segment)
+            for j in tl.range(-g, 0, num_stages=STAGES):
+                added = local + at_local + j * (2 * H * K * V) + vs * K + ks
+                S += tl.load(added, mask=inside, other=0.0) - forget_segment * S
 
     # The first chunk takes what whole chunks leave over, m < C tokens; other rows count as zeros.
     m = m_segment % C
@@ -334,8 +340,9 @@ def _scan_kernel(
                 o.store([row, t, h, v0], tl.trans(y).reshape(1, C, 1, BV))
 
     if not OUTPUT:
-        local += ((n * n_segments + g) * H + h).to(tl.int64) * K * V
-        tl.store(local + vs * K + ks, S, mask=inside)
+        tl.store(local + at_local + vs * K + ks, S, mask=inside)
+        if a2 is not None:
+            tl.store(local + at_local + K * V + ks * V + vs, S, mask=inside)
     elif last is not None:
         ends = (begin + segment >= n_tokens) & ((begin < n_tokens) | (g == 0))
         if ends & (flip == 0):
@@ -363,19 +370,6 @@ def _tables(rate2, u, REVERSE: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, 
     if FLAT:  # adding zeros lays it out as tensor cores hold c^T lam^..: no trip to shared memory
         write += tl.dot(tl.zeros([BV, C], dtype=tl.bfloat16), tl.zeros([C, C], dtype=tl.bfloat16))
     return mask, read, write
-
-
-@jit
-def _add_segments(
-    S, local, rate, segment, n, n_segments, g, h, H, K: tl.constexpr, V: tl.constexpr, vs, ks
-):
-    """S^T after segments 0 .. g - 1, each of which decays it and adds its own, see `local`."""
-    forget = _forget_kernel(rate, segment)
-    for j in tl.range(0, g, loop_unroll_factor=2):
-        added = local + ((n * n_segments + j) * H + h).to(tl.int64) * K * V
-        inside = (vs < V) & (ks < K)
-        S += tl.load(added + vs * K + ks, mask=inside, other=0.0) - forget * S
-    return S
 
 
 @jit
@@ -467,12 +461,14 @@ class _Launch:
         for (a, b, c), (*_, o) in zip(read, scans):
             self.tiles.append((tiles(a, BK), tiles(b, BK), tiles(c, BV), tiles(o, BV)))
             self.steps.append((a.stride(2), b.stride(2), c.stride(2)))
-        self.local = (N, n_segments, H, V, K) if n_segments > 1 else None
-        self.grid = N * n_segments * H * len(scans) * triton.cdiv(V, BV), 1, 1
         precision = "tf32x3" if o.dtype == torch.float32 else "tf32"  # in fp32 1e-6, not 3e-4
+        n, early = N * n_segments * H * triton.cdiv(V, BV), n_segments > 1 and _gpu(o.device)[2]
         fixed = L, H, segment, n_segments, flip, reverse, K, V, BV, C, flat, precision, stages
-        self.fixed = [(*fixed, output) for output in ((False, True) if self.local else (True,))]
-        self.compiled = [None] * len(self.fixed)
+        how = {"launch_pdl": True} if early else {}
+        self.local = (N, n_segments, H, 2, V, K) if n_segments > 1 else None
+        self.launches = [((n, 1, 1), (*fixed, early, False), {})] if self.local else []
+        self.launches.append(((n * len(scans), 1, 1), (*fixed, early, True), how))
+        self.compiled = [None] * len(self.launches)
 
     def __call__(self, scans, slope, *states_and_bounds):
         tensors = []
@@ -480,16 +476,16 @@ class _Launch:
             for x, facts in zip((*self._readable(scan, in_place), scan[3]), tiles):
                 tensors.append(object.__new__(TensorDescriptor))
                 tensors[-1].__dict__.update(facts, base=x)
-            how = dict(dtype=torch.float32, device=scan[0].device)
-            tensors += scan[3], self.local and torch.empty(self.local, **how), *steps
-        tensors += [None] * (18 - len(tensors))  # where there is no second scan
-        with torch.cuda.device_of(scans[0][0]):
-            for i, fixed in enumerate(self.fixed):
-                args = *tensors, slope, *states_and_bounds, *fixed
+            tensors += scan[3], *steps
+        tensors += [None] * (16 - len(tensors))  # where there is no second scan
+        local = self.local and slope.new_empty(self.local)
+        with torch.cuda.device_of(slope):
+            for i, (grid, fixed, how) in enumerate(self.launches):
+                args = *tensors, local, slope, *states_and_bounds, *fixed
                 if self.compiled[i] is None:  # compiles, or interprets and gives None
-                    self.compiled[i] = _scan_kernel[self.grid](*args, num_warps=self.warps)
+                    self.compiled[i] = _scan_kernel[grid](*args, num_warps=self.warps, **how)
                 else:
-                    self.compiled[i][self.grid](*args)
+                    self.compiled[i][grid](*args)
 
     def _readable(self, scan, in_place):
         """a, b and c, or copies of those that the copy engine cannot read as they lie."""
@@ -503,15 +499,16 @@ def _plan(N, scans, *, C=None, BV=None, n_segments=None, flat=None, stages=None,
     C = 64 rows are what a matrix instruction takes. BV = 64: two programs to a head of width 128,
     so 64 heads fill 128 of 132 processors. Where that is all there is (`alone`: at most one program
     to a processor), tiles are cut from a flat (B L, H V) view, 4 deep (5 gains up to 2 %, or loses
-    it). Where two programs share a processor, (B, L, H, V) tiles 3 deep are better: two programs
-    with flat ones do not fit. Where heads abound, one program takes all 128 columns of one.
+    it), but 3 with segments, whose second launch begins beside the first. Where two programs share
+    a processor, (B, L, H, V) tiles 3 deep are better: two programs with flat ones do not fit. Where
+    heads abound, one program takes all 128 columns of one.
 
     Segments: as many as fill the GPU. They read b and c once more, 2 (K + V) bytes per token and
-    head on top of 2 (2K + 2V).
+    head on top of 2 (2K + 2V), dk and dv together.
     """
     tensors = [x for scan in scans for x in scan]
     (B, L, H, K), V = tensors[0].shape, tensors[2].shape[3]
-    dtype, (processors, memory) = tensors[0].dtype, _gpu(tensors[0].device)
+    dtype, (processors, memory) = tensors[0].dtype, _gpu(tensors[0].device)[:2]
     BK, wide = triton.next_power_of_2(K), triton.next_power_of_2(V)
     many = N * H * len(scans) >= 2 * processors and dtype != torch.float32 and K == V == wide == 128
     BV = BV or (wide if many else min(64, wide))
@@ -530,7 +527,8 @@ def _plan(N, scans, *, C=None, BV=None, n_segments=None, flat=None, stages=None,
     flat = flat and whole and all(H * x.stride(2) < 2**31 for x in tensors)
     stage = C * (2 * BK + BV) * tensors[0].element_size()
     if stages is None:
-        stages = max(1, min(4, int(memory * (0.78 if alone or BV > 64 else 0.54)) // stage))
+        memory *= 0.78 if BV > 64 or (alone and n_segments == 1) else 0.54
+        stages = max(1, min(4, int(memory) // stage))
         if dtype == torch.float32:
             stages = min(stages, 2)
     return C, BV, n_segments, flat, stages, warps or (8 if BV > 64 or BK > 128 else 4)
@@ -545,11 +543,12 @@ def _copy_engine_reads(x):
 
 @functools.cache
 def _gpu(device):
-    """Number of processors and bytes of shared memory a program may use."""
+    """Processors, bytes of shared memory a program may use, whether launches may overlap."""
     if device.type != "cuda":  # interpreted
-        return 4, 2**17
+        return 4, 2**17, False
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    early = properties.major >= 9 and isinstance(_scan_kernel, triton.JITFunction)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin, early
 
 
 def _forward(
