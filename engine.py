@@ -179,11 +179,11 @@ def sample_tokens(logits, temperature, top_p, uniform):
 
 def left_pad(sequences, pad_id, device):
     """Lists of ids -> tokens (B, L) int64, padded on the left, and mask (B, L), True = real."""
-    sequences = [torch.as_tensor(s, dtype=torch.int64) for s in sequences]
-    pad = torch.nn.utils.rnn.pad_sequence
-    tokens = pad(sequences, batch_first=True, padding_value=pad_id, padding_side="left")
     lengths = torch.tensor([len(s) for s in sequences])
-    mask = torch.arange(tokens.shape[1]) >= tokens.shape[1] - lengths[:, None]
+    longest = int(lengths.max())
+    mask = torch.arange(longest) >= longest - lengths[:, None]
+    flat = torch.tensor([i for s in sequences for i in s], dtype=torch.int64)
+    tokens = torch.full(mask.shape, pad_id).masked_scatter(mask, flat)
     return tokens.to(device), mask.to(device)
 
 

@@ -81,12 +81,12 @@ def make_batch(prompts, responses, learned, device, rewards=None, infer_logp=Non
     """
 
     def align(values):  # (N, L - 1), zeros at prompts and padding
-        rows = (torch.as_tensor(v, device="cpu") for v in values)  # thousands of small ones
-        rows = [torch.nn.functional.pad(v, (len(p) - 1, 0)) for v, p in zip(rows, prompts)]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-        return padded.to(device)
+        flat = torch.cat([torch.as_tensor(v, device="cpu") for v in values]).to(device)
+        return flat.new_zeros(here.shape).masked_scatter(here, flat)
 
     tokens, mask = engine.left_pad([[*p, *r] for p, r in zip(prompts, responses)], 0, device)
+    n, width = torch.tensor([len(r) for r in responses], device=device), tokens.shape[1] - 1
+    here = torch.arange(width, device=device) >= width - n[:, None]  # responses end on the right
     if rewards is None:
         return Batch(tokens, mask, align(learned))
     rewards = torch.tensor(rewards, device=device)
@@ -248,12 +248,12 @@ def respond(model, tokenizer, problems, seed, group_size=1, **how):
 def _respond(model, tokenizer, problems, group_size, how):
     prompts = [prompt_ids(tokenizer, p) for p in problems]
     rollout = engine.generate(model, prompts, **how, **tokenizer.ids()).to("cpu")
+    closed = (rollout.tokens == (tokenizer.think_end_id or -1)).sum(1).tolist()
     scores = []
     for i, text in enumerate(response_texts(tokenizer, rollout)):
         ended = rollout.ended[i] in ("eos", "budget")
         if not tokenizer.has_turns:  # byte by byte </think> is not the token
-            closed = int((rollout.tokens[i] == tokenizer.think_end_id).sum())
-            ended = ended and text.count(tasks.THINK_END) == closed
+            ended = ended and text.count(tasks.THINK_END) == closed[i]
         problem = problems[i // group_size]
         try:
             score = tasks.score_chat if tokenizer.has_turns else tasks.score
@@ -347,19 +347,18 @@ def collect(model, tokenizer, problems, flags, sampling, step):
         rollout, new = respond(model, tokenizer, asked, seed, G, **how)
         earned = torch.tensor([s.reward for s in new])
         if buffer:
-            lasted = rollout.lengths.cpu()
-            earned += cispo.overlong_penalty(lasted, sampling.max_new_tokens, buffer)
+            earned += cispo.overlong_penalty(rollout.lengths, sampling.max_new_tokens, buffer)
         right = torch.tensor([s.correct for s in new])
         kept = cispo.informative_groups(right, G).repeat_interleave(G)
-        for i in kept.nonzero()[:, 0].tolist():
-            prompt, n = prompt_ids(tokenizer, asked[i // G]), int(rollout.lengths[i])
-            silent = flags.mask_truncated and rollout.ended[i] == "length"
-            learned = rollout.mask[i, :n] & (not silent)
-            response, recorded = rollout.tokens[i, :n].tolist(), rollout.logp[i, :n]
-            rows.append((prompt, response, learned, float(earned[i]), recorded))
+        prompts, lasted = [prompt_ids(tokenizer, p) for p in asked], rollout.lengths.tolist()
         scores += new
         rewards += earned.tolist()
-        lengths += rollout.lengths.tolist()
+        for i in kept.nonzero()[:, 0].tolist():
+            n, silent = lasted[i], flags.mask_truncated and rollout.ended[i] == "length"
+            learned = rollout.mask[i, :n] & (not silent)
+            response, recorded = rollout.tokens[i, :n].tolist(), rollout.logp[i, :n]
+            rows.append((prompts[i // G], response, learned, rewards[i - len(new)], recorded))
+        lengths += lasted
         logp.append(rollout.logp[rollout.mask])
         rollout_s += rollout.seconds
         if len(rows) >= flags.min_groups * G:

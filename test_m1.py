@@ -2574,6 +2574,14 @@ def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
     for rows in (model["decode"], model["prefill"]):
         ends = {"transformers_ms": " |", "ms": " ms", "x": " times"}
         said += [column(rows, name, "{:.2f}", end) for name, end in ends.items()]
+    jobs = common.by(committed("scale"), "job")
+    for one, two in (rows for name, rows in jobs.items() if "reward" not in name):
+        said += [f"{one['seconds']:.2f}", f"{two['seconds']:.2f}", f"{two['speedup']:.2f}"]
+        if "tokens" in one["job"]:
+            shown = "{seconds:.2f} s, {peak_gb:.1f} GB"
+            said.append(f"{shown.format(**one)} | {shown.format(**two)} | {two['speedup']:.2f} |")
+    ratios = [row["ratio"] for n in (1, 2) for row in committed(f"plan-check-{n}")]
+    assert max(abs(ratio - 1) for ratio in ratios) < 0.06
     for row in (row for row in committed("kernel") if row["part"] == "shapes"):
         ours = "{:.0f} (x {:.2f})"
         times = [(row[f"triton_{x}_us"], row[f"triton_{x}_x"]) for x in bench_gpu.JOBS]
