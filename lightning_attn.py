@@ -499,9 +499,8 @@ def _plan(N, scans, *, C=None, BV=None, n_segments=None, flat=None, stages=None,
     C = 64 rows are what a matrix instruction takes. BV = 64: two programs to a head of width 128,
     so 64 heads fill 128 of 132 processors. Where that is all there is (`alone`: at most one program
     to a processor), tiles are cut from a flat (B L, H V) view, 4 deep (5 gains up to 2 %, or loses
-    it), but 3 with segments, whose second launch begins beside the first. Where two programs share
-    a processor, (B, L, H, V) tiles 3 deep are better: two programs with flat ones do not fit. Where
-    heads abound, one program takes all 128 columns of one.
+    it). Where two programs share a processor, (B, L, H, V) tiles 3 deep are better: two programs
+    with flat ones do not fit. Where heads abound, one program takes all 128 columns of one.
 
     Segments: as many as fill the GPU. They read b and c once more, 2 (K + V) bytes per token and
     head on top of 2 (2K + 2V), dk and dv together.
@@ -527,7 +526,7 @@ def _plan(N, scans, *, C=None, BV=None, n_segments=None, flat=None, stages=None,
     flat = flat and whole and all(H * x.stride(2) < 2**31 for x in tensors)
     stage = C * (2 * BK + BV) * tensors[0].element_size()
     if stages is None:
-        memory *= 0.78 if BV > 64 or (alone and n_segments == 1) else 0.54
+        memory *= 0.78 if alone or BV > 64 else 0.54
         stages = max(1, min(4, int(memory) // stage))
         if dtype == torch.float32:
             stages = min(stages, 2)
