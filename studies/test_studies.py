@@ -105,12 +105,17 @@ def test_the_table_of_the_main_job_is_that_of_the_committed_logs_and_all_seeds_l
         start, end = log[0]["accuracy"], log[-1]["accuracy"]
         assert end >= 0.80 and end - start >= 0.50
         assert (row["accuracy_start"], row["accuracy_end"]) == (start, pytest.approx(end, abs=1e-6))
-        line = f"| {row['seed']:.0f} | {start:.3f} → {end:.3f} | {row['fork_rate_start']:.2f} → "
-        line += f"{row['fork_rate_end']:.2f} | {row['length_start']:.1f} → "
-        line += f"{row['length_end']:.1f} tokens | {row['cold_start_steps']:.0f} steps | "
-        assert line + f"{row['seconds']:.0f} s |" in TOP
         crossing = range(1, int(common.steps_to(log, "fork_rate")) + 2)
         assert max(log[t].get("ppo_would_drop_frac", 0) for t in crossing) < 0.012  # README's word
+
+    def span(name, form):
+        return " to ".join(form.format(end(row[name] for row in rows)) for end in (min, max))
+
+    for end in ("start", "end"):
+        cells = f"{span(f'accuracy_{end}', '{:.3f}')} | {span(f'fork_rate_{end}', '{:.2f}')} | "
+        assert f"{cells}{span(f'length_{end}', '{:.1f}')} tokens |" in TOP
+    assert f"| {span('cold_start_steps', '{:.0f}')} steps |" in TOP
+    assert f"| {span('seconds', '{:.0f}')} s |" in TOP
 
 
 def test_single_numbers_of_the_claim_table_are_those_of_the_committed_csv_files():
