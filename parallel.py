@@ -1,34 +1,34 @@
 """Several processes, one model: torchrun --nproc_per_node=N train_rl.py takes the steps of one.
 
-The only importer of torch.distributed. Alone, in a process that torchrun has not started, every
-function here gives back what it got, and nothing changes to the bit.
+The only user of torch.distributed. A process that torchrun has not started is alone: every function
+here gives back what it got, to the bit.
 
-    every rank   has all problems, responses, rewards and batches, which are small
+    every rank   has all problems, responses, rewards and batches, which are small, and a whole copy
+                 of the weights to draw answers from
     each rank    answers its share of the prompts, and learns from its share of a slice's rows
-    over ranks   a parameter, its gradient and its moments lie in parts (FSDP2); a layer's are
-                 gathered while it computes, and gradients of the parts are summed; experts stay
-                 where they are, and rows travel to them (expert parallel); with --sp n, n ranks in
-                 a row have a part each of the tokens that they learn from (sequence parallel)
-    answers      are drawn from a whole copy of the weights on every rank
+    over ranks   parameters, gradients and moments lie in parts: a layer's are gathered while it
+                 computes (FSDP2), experts stay where they are, and rows travel to them; with --sp n
+                 n ranks in a row have a part each of the tokens of their rows
 
     1. Processes     rank, size, first, by_first, no_bar, start, finish
     2. Shares        share, together, rows, totals, somewhere
     3. Sequences     Part, part, lightning, by_heads, by_tokens
-    4. A model       shard, in_parts, own, held, exchange, whole, on_first, part_like, clip
+    4. A model       shard, in_parts, own, held, exchange, whole, on_first, part_like
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
-import itertools
 import math
 import os
 import sys
 from datetime import timedelta
 from typing import NamedTuple
 
-from cli import torch
+from cli import Late, torch
+
+dist, dtensor = Late("torch.distributed"), Late("torch.distributed.tensor")
 
 # ============================================================================
 # 1. Processes
@@ -77,8 +77,6 @@ def start(device, sp=1):
         raise ValueError(f"--sp {sp} does not divide the {size()} processes: start more, or fewer")
     if size() == 1:
         return device
-    import torch.distributed as dist
-
     if not first():
         sys.stdout = open(os.devnull, "w")
     if device == "cuda":
@@ -97,11 +95,8 @@ def start(device, sp=1):
 
 def finish():
     """Leave the others; all of them do."""
-    if size() > 1:
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if size() > 1 and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ============================================================================
@@ -121,8 +116,6 @@ def together(things):
     """The lists of all ranks as one, in the order of ranks."""
     if size() == 1:
         return things
-    import torch.distributed as dist
-
     lists = [None] * size()
     dist.all_gather_object(lists, things)
     return [x for own in lists for x in own]
@@ -134,21 +127,16 @@ def rows(tensors):
     """
     if size() == 1:
         return tensors
-
-    def joined(x, *parts):
-        groups = (parts[i : i + _sp] for i in range(0, len(parts), _sp))
-        return torch.cat([torch.stack(group).sum(0) for group in groups]).to(x)
-
     ranks = together([[x.detach().cpu() for x in tensors]])
-    return [joined(*parts) for parts in zip(tensors, *ranks)]
+    groups = [ranks[i : i + _sp] for i in range(0, size(), _sp)]
+    groups = [[sum(parts) for parts in zip(*group)] for group in groups]
+    return [torch.cat(parts).to(x) for x, *parts in zip(tensors, *groups)]
 
 
 def totals(x, n=0):
     """The sum of a tensor (E,) over all ranks, without gradients, and that of a number."""
     if size() == 1:
         return x, n
-    import torch.distributed as dist
-
     both = torch.cat([x.detach(), x.new_tensor([n])])
     dist.all_reduce(both)
     return both[:-1], both[-1]
@@ -175,7 +163,7 @@ class Part(NamedTuple):
     sizes: list  # tokens of every rank's part
     cu_seqlens: torch.Tensor  # (N + 1,) int32: the sequences inside of this part, some empty
     last: int  # the sequence in which this part ends
-    gaps: list  # tokens between every part's end and here; inf where its last sequence is another
+    gaps: list  # tokens from every earlier part's end to here; inf: it ends in another sequence
     begun: int  # tokens here of the sequence in which this part begins
 
 
@@ -186,14 +174,14 @@ def part(cu_seqlens):
     if _sp == 1:
         return None
     i, ends = rank() % _sp, cu_seqlens.tolist()
-    cuts = _cuts(ends[-1])
-    begin, end = cuts[i : i + 2]
-    first, *others = (bisect.bisect_right(ends, x) - 1 for x in (begin, *(x - 1 for x in cuts[1:])))
-    gaps = [begin - cuts[j + 1] if j < i and x == first else math.inf for j, x in enumerate(others)]
-    begun = min(end, ends[first + 1]) - begin
+    begin, *cuts = _cuts(ends[-1])
+    sizes = [cut - before for before, cut in zip((begin, *cuts), cuts)]
+    begin, end = cuts[i] - sizes[i], cuts[i]
+    first = bisect.bisect(ends, begin)  # the sequence of the first token here, counted from 1
+    last = [bisect.bisect_left(ends, cut) for cut in cuts]  # ... of every part's last token
+    gaps = [begin - cut if cut <= begin and x == first else math.inf for cut, x in zip(cuts, last)]
     inside = cu_seqlens.clamp(begin, end) - begin
-    sizes = [y - x for x, y in itertools.pairwise(cuts)]
-    return Part(slice(begin, end), sizes, inside, others[i], gaps, begun)
+    return Part(slice(begin, end), sizes, inside, last[i] - 1, gaps, min(end, ends[first]) - begin)
 
 
 def _cuts(n):
@@ -269,10 +257,7 @@ def shard(model, device):
     """
     if size() == 1:
         return model
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    from torch.distributed.tensor import Shard, distribute_tensor
 
     c = model.config
     if 1 in c.attn_type_list and (c.num_attention_heads % _sp or c.num_key_value_heads % _sp):
@@ -281,12 +266,11 @@ def shard(model, device):
     for p in model.parameters():
         if not p.is_meta:
             dist.broadcast(p.data, 0)
-    mesh, experts = init_device_mesh(torch.device(device).type, (size(),)), set()
-    if model.config.num_local_experts % size() == 0:
-        for layer in model.layers:
-            moe = layer.block_sparse_moe
+    mesh, experts = dist.init_device_mesh(torch.device(device).type, (size(),)), set()
+    if c.num_local_experts % size() == 0:
+        for moe in (layer.block_sparse_moe for layer in model.layers):
             for name in ("w1", "w3", "w2"):
-                p = distribute_tensor(getattr(moe, name).data, mesh, [Shard(0)], src_data_rank=None)
+                p = _distribute(getattr(moe, name).data, mesh, [dtensor.Shard(0)])
                 setattr(moe, name, torch.nn.Parameter(p))
                 experts.add(getattr(moe, name))
     for module in (*model.layers, model):
@@ -315,22 +299,20 @@ def held(x):
     return slice(*(min(each * at, len(x)) for at in (rank(), rank() + 1)))
 
 
-def exchange(rows, ends):
-    """Send rows (n, D), sorted by expert, which end at ends (E,), to the ranks of their experts.
+def exchange(x, ends):
+    """Send rows x (n, D), sorted by expert, which end at ends (E,), to the ranks of their experts.
 
     Returns the rows that came (m, D), which of this rank's experts each is for (m,), and a function
-    that sends rows of theirs back, to where they were. Differentiable.
+    that sends m rows back to where those came from. Differentiable.
     """
-    import torch.distributed as dist
-
     send = functools.partial(_exchange, group=dist.group.WORLD)
     counts = ends.diff(prepend=ends.new_zeros(1)).long()
     coming = torch.empty_like(counts)
     dist.all_to_all_single(coming, counts)
-    leaving, arriving = (x.view(size(), -1).sum(1).tolist() for x in (counts, coming))
-    number = torch.arange(len(ends) // size(), device=rows.device).repeat(size())
+    leaving, arriving = (n.view(size(), -1).sum(1).tolist() for n in (counts, coming))
+    number = torch.arange(len(ends) // size(), device=x.device).repeat(size())
     expert = number.repeat_interleave(coming, output_size=sum(arriving))
-    return send(rows, arriving, leaving), expert, lambda y: send(y, leaving, arriving)
+    return send(x, arriving, leaving), expert, lambda y: send(y, leaving, arriving)
 
 
 def whole(x):
@@ -354,13 +336,8 @@ def on_first(x):
 
 def part_like(x, p):
     """This rank's part of a whole tensor, cut as p is, on p's device."""
-    if not in_parts(p):
-        return x
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    return _distribute(x.to(p.device), p.device_mesh, p.placements) if in_parts(p) else x
 
 
-def clip(parameters, max_norm):
-    """Clip gradients to a norm over all ranks; returns the norm before."""
-    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
+def _distribute(x, mesh, placements):  # every rank has all of x: nothing is sent
+    return dtensor.distribute_tensor(x, mesh, placements, src_data_rank=None)

@@ -228,7 +228,8 @@ def make_optimizer(model, lr=0.0):
 
 def clip(model, max_norm):
     """Clip the gradients; returns their norm before. Stops the run when it is not finite."""
-    norm = parallel.clip(model.parameters(), max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = float(parallel.whole(norm))  # over all ranks
     if not math.isfinite(norm):
         raise ValueError(f"the gradient norm is {norm}; lower the learning rate")
     return norm
