@@ -67,22 +67,18 @@ def assume(**changes):
 
 
 def sizes(c, a):
-    """Parameters: embedding and head; the rest of a layer without experts; a GPU's experts of a
-    layer; its part of all; its copy for rollouts.
+    """Parameters: embedding and head; a layer without experts; a GPU's experts of a layer; its part
+    of all; its copy for rollouts.
     """
     n, L = m1.count_parameters(c), c.num_hidden_layers
-    root, experts = n["embedding"] + n["head"], n["experts"]
-    dense = n["total"] - experts
+    root, experts, dense = n["embedding"] + n["head"], n["experts"], n["total"] - n["experts"]
     copy = dense / a.rollout_heads + experts / a.rollout_experts
     return root, (dense - root) / L, experts / L / a.expert_parallel, n["total"] / a.gpus, copy
 
 
 def width(c, a):
     """Numbers that a token leaves in a layer for the backward pass, the mean over layers."""
-    inner, softmax = (
-        c.num_attention_heads * c.head_dim,
-        sum(c.attn_type_list) / len(c.attn_type_list),
-    )
+    inner, softmax = c.num_attention_heads * c.head_dim, sum(c.attn_type_list) / c.num_hidden_layers
     mixer = softmax * (2 * inner + 2 * c.num_key_value_heads * c.head_dim)  # q, out; k, v
     mixer += (1 - softmax) * 9 * inner  # q, k, v before and after silu; gate; out; out normed
     rows = 3 if a.expert_parallel > 1 else 1  # of outputs; travelling: also as they came and went
@@ -194,8 +190,7 @@ def forward_flops(c, n_tokens, squares):
 
 
 def times(c, a):
-    """{phase of an RL step: seconds that it takes, where all but latency overlaps, and that each of
-    LIMITS would take}.
+    """{phase of an RL step: {"takes" or one of LIMITS: seconds}}; all but latency overlaps.
 
     All responses are decoded together, for `window` steps, each of which reads all weights; caches
     and hidden states on their way cost by the token.
@@ -220,7 +215,7 @@ def times(c, a):
         found, n_passes = traffic(c, a, backward).values(), N * n / a.gpus / a.tokens
         return links(*(n_passes * sum(x[0] * x[i] for x in found) for i in (1, 2)))
 
-    phases = {
+    phases = {  # seconds that each of LIMITS would take
         "copy of the weights": (0, 0, *links(*renewal(c, a)), 0),
         "prompts": (read, 0, 0, 0, 0),
         "decoding, by the step": (0, weights, 0, 0, a.window * 4 * L * a.latency),
@@ -269,11 +264,11 @@ VARIANTS |= {"no recompute": {"recompute": 0}, "the copy stays in updates": {"co
 
 
 def tables(c, a):
-    """Tables of all that is told: lists of rows."""
+    """Tables of all that is told: lists of rows, of which the first column is the name."""
     n_passes = a.prompts * a.group_size * (a.prompt + a.length) / a.gpus / a.tokens
-    other = {name: assume(**vars(a) | changes) for name, changes in VARIANTS.items()}
-    most = {name: peaks(c, b, n_passes / a.updates) for name, b in other.items()}
-    moved, before = [], traffic(c, a, 0)
+    moved, before, most = [], traffic(c, a, 0), {}
+    for name, changes in VARIANTS.items():
+        most[name] = peaks(c, assume(**vars(a) | changes), n_passes / a.updates)
     for (item, by), (layers, *came) in traffic(c, a, 1).items():
         row = {"traffic": item, "collective": by, "layers": layers}
         for link, x, first in zip(("NVLink", "InfiniBand"), came, before[item, by][1:]):
@@ -281,36 +276,32 @@ def tables(c, a):
             row[f"{link}, GB an RL step"] = f"{(x + first) * layers * n_passes / 1e9:.0f}"
         moved.append(row)
 
-    def gb(title, items):
-        form = {"updates, GB": "{0:.1f}", "rollouts, GB": "{1:.1f}"}
-        found = ((name, [x / 1e9 for x in pair]) for name, pair in items.items())
-        return [{title: name} | {k: f.format(*x) for k, f in form.items()} for name, x in found]
+    def table(columns, items, unit=1):
+        cells = ((name, *(f"{x / unit:.1f}" for x in row)) for name, row in items.items())
+        return [dict(zip(columns, row)) for row in cells]
 
+    gb, what = ("updates, GB", "rollouts, GB"), ("assumed", "value", "unit", "source")
+    told = ((name, f"{getattr(a, name):g}", *rest) for name, (_, *rest) in ASSUMED.items())
+    seconds = {phase: x.values() for phase, x in times(c, a).items()}
     return [
-        [
-            {"assumed": name, "value": f"{getattr(a, name):g}", "unit": unit, "source": source}
-            for name, (_, unit, source) in ASSUMED.items()
-        ],
-        gb("memory of a GPU", memory(c, a)),
-        gb(f"in use at most, of {a.card / 1e9:g} GB", most),
+        [dict(zip(what, row)) for row in told],
+        table(("memory of a GPU", *gb), memory(c, a), 1e9),
+        table((f"in use at most, of {a.card / 1e9:g} GB", *gb), most, 1e9),
         moved,
-        [
-            {"seconds": phase} | {name: f"{s:.1f}" for name, s in seconds.items()}
-            for phase, seconds in times(c, a).items()
-        ],
+        table(("seconds", "takes", *LIMITS), seconds),
         [{"result": name, "value": f"{float(f'{x:.3g}'):g}"} for name, x in results(c, a).items()],
     ]
 
 
 def plan(flags):
     """RL of M1: memory, traffic, time, cost, and what three weeks imply: plan.csv."""
-    found = tables(m1.M1Config.preset("m1"), assume())
     numbers = []
-    for rows in found:
+    for rows in tables(m1.M1Config.preset("m1"), assume()):
         print_table(rows)
         print()
-        for (table, name), *cells in map(dict.items, rows):
-            row = {"table": table, "row": name}
-            numbers += [row | {"column": title, "value": x} for title, x in cells]
+        table, *columns = rows[0]
+        for row in rows:
+            named = {"table": table, "row": row[table]}
+            numbers += [named | {"column": x, "value": row[x]} for x in columns]
     write_csv(Path(flags.out) / "plan.csv", numbers)
     print("Left out: rewards, groups dropped, evaluations, checkpoints, failures, idle GPUs.")
