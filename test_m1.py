@@ -1363,7 +1363,7 @@ def test_an_update_in_several_passes_has_the_gradients_of_one(most, sizes, recom
     advantages, gradients, calls = cispo.group_advantages(batch.rewards, 4), [], []
     model.layers[1].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     for model.recompute, limit in ((False, None), (recompute, most)):
-        for rows, logp, _, aux in experience.passes(model, batch, 0.7, limit):
+        for rows, _, logp, _, aux in experience.passes(model, batch, 0.7, limit):
             part = advantages[rows], weights[rows]
             loss, *_ = cispo.policy_loss(logp, logp.detach() - 0.1, *part, recipe)
             (loss + aux.router_loss).backward()
