@@ -56,11 +56,9 @@ class Batch(NamedTuple):
 
     def slices(self, k, group_size):
         """k Batches of whole groups, as many as there are groups at most."""
-        groups = torch.arange(len(self.tokens) // group_size)
+        groups = torch.arange(len(self.tokens)).view(-1, group_size)
         parts = groups.tensor_split(min(k, len(groups)))
-        return [
-            self.part(slice(int(g[0]) * group_size, int(g[-1] + 1) * group_size)) for g in parts
-        ]
+        return [self.part(slice(int(g[0, 0]), int(g[-1, -1]) + 1)) for g in parts]
 
     def pieces(self, most, least=1):
         """Slices of rows that hold `most` real tokens each, or `least` rows, where a number is

@@ -513,9 +513,8 @@ def _plan(N, scans, *, C=None, BV=None, n_segments=None, flat=None, stages=None,
     BV = BV or (wide if many else min(64, wide))
     if C is None:
         C = 64
-        # 48 KB in fp32: tf32x3 keeps copies beside a tile
         while dtype == torch.float32 and C * (2 * BK + BV) > 12 * 1024:
-            C //= 2
+            C //= 2  # 48 KB: tf32x3 keeps copies beside a tile
     n_programs = N * H * triton.cdiv(V, BV) * len(scans)
     if n_segments is None:
         n_segments = max(1, min(len(scans) * processors // n_programs, L // (4 * C)))
@@ -527,9 +526,7 @@ def _plan(N, scans, *, C=None, BV=None, n_segments=None, flat=None, stages=None,
     stage = C * (2 * BK + BV) * tensors[0].element_size()
     if stages is None:
         memory *= 0.78 if alone or BV > 64 else 0.54
-        stages = max(1, min(4, int(memory) // stage))
-        if dtype == torch.float32:
-            stages = min(stages, 2)
+        stages = max(1, min(2 if dtype == torch.float32 else 4, int(memory) // stage))
     return C, BV, n_segments, flat, stages, warps or (8 if BV > 64 or BK > 128 else 4)
 
 
@@ -562,15 +559,9 @@ def _forward(
 
 
 def _backward(
-    do: Tensor,
-    dlast: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slope: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    do: Tensor, dlast: Tensor | None, q: Tensor, k: Tensor, v: Tensor, slope: Tensor,
+    state: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv, dstate = _gradients(q, k, v, state)
     if q.numel():
         _scan([(do, v, k, dq)], slope, state, None, cu_seqlens, flip=True)
@@ -733,24 +724,9 @@ def lightning_step(q, k, v, slope, state, impl="auto"):
 
 @jit
 def _step_kernel(
-    q,
-    k,
-    v,
-    o,
-    slope,
-    state,
-    H,
-    q_row,
-    k_row,
-    v_row,
-    q_head,
-    k_head,
-    v_head,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
+    q, k, v, o, slope, state, H, q_row, k_row, v_row, q_head, k_head, v_head,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     """One token of one head, BV columns: the tile of the state is read, used and written."""
     n_v = tl.cdiv(V, BV)
     pid, v0 = tl.program_id(0) // n_v, tl.program_id(0) % n_v * BV
@@ -847,9 +823,7 @@ def _check_inputs(q, k, v, slope, dims="B, L, H"):
         found = f"heads, found {slope.dtype} {tuple(slope.shape)}"
         raise ValueError(f"slope must be one number for each of the {q.shape[-2]} {found}")
     if slope.requires_grad:
-        raise ValueError(
-            "slope must not require gradients: M1's are constants, no form learns them"
-        )
+        raise ValueError("slope must not require gradients: M1's are constants")
     seen = slope.device.type == "cpu" and not torch.compiler.is_compiling()
     if seen and not all(0 < x < math.inf for x in slope.tolist()):
         raise ValueError(f"slopes must be positive numbers, found {slope.tolist()[:8]}")

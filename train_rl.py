@@ -186,8 +186,8 @@ class Flags:
         mix = dataclasses.replace(self.mix, moves=moves or self.mix.moves)
         hardest = tasks.draw(random.Random(0), len(mix.names), mix.names, mix.moves)
         shown = [*hardest, *_held_out(mix, self.eval_problems)]
-        right = max(len((p.chain + p.answer).encode()) for p in shown) + 3  # fork, </think>, end
-        return right + 6
+        right = max(len((p.chain + p.answer).encode()) for p in shown)
+        return right + 3 + 6  # fork, </think>, end; and room for detours
 
     def limits(self, moves=None):
         """What ends the responses of evaluations: arguments of engine.generate."""
