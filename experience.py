@@ -3,6 +3,7 @@
     1. Batches           Batch, make_batch, trained_logp, passes, Imitation
     2. Answers           prompt_ids, respond, scored, evaluate
     3. Experience        solvable, collect
+    4. Only watched      measure, summed
 
 Everywhere `flags` is a train_rl.Flags, of which group sizes, limits and seeds are read.
 Dimension key: N sequences, L tokens of the longest, G responses per prompt.
@@ -379,3 +380,62 @@ def collect(model, tokenizer, problems, flags, sampling, step):
         return None, seen
     prompts, responses, learned, earned, recorded = zip(*rows)
     return make_batch(prompts, responses, learned, model.device, earned, recorded), seen
+
+
+# ============================================================================
+# 4. What is only watched
+# ============================================================================
+
+CAPACITY = 1.25  # times an even load: what is logged as beyond an expert's
+
+
+def measure(slices, old, watched, recipe, longest):
+    """What is only watched of a step's updates: (columns of log.csv, what PPO's clip drops).
+
+    slices: Batches; old: the passes of each; watched: of each update (gradient norm, [(loss,
+    log-ratio, dropped, Aux) of each pass]). What is dropped: (token id, old probability, ratio).
+    """
+    trained, A = (torch.cat([getattr(p, x) for p in slices]) for x in ("trained", "advantages"))
+    infer_logp = torch.cat([part.infer_logp for part in slices])[trained]
+    done = [pair for before, (_, parts) in zip(old, watched) for pair in zip(before, parts)]
+    told = [(was.logp, was.entropy, ratio, lost) for was, (_, ratio, lost, _) in done]
+    told = parallel.rows([x for column in zip(*told) for x in column])  # in one exchange
+    n = len(done)
+    logp, entropy, log_ratio, dropped = (torch.cat(told[i * n : i * n + n]) for i in range(4))
+    old_logp, entropy = logp[trained], entropy[trained]
+    gap = (old_logp - infer_logp).abs()
+    row = {
+        "entropy": float(entropy.mean()),
+        "prob_corr": cispo.prob_correlation(old_logp, infer_logp),
+        "logp_gap": float(gap.max()),
+        "logp_gap_mean": float(gap.mean()),
+        "updates": len(slices),
+    }
+    late = trained.cumsum(1) > longest / 2  # half of what is allowed, not of the response's own
+    for half, tokens in (("early", trained & ~late), ("late", trained & late)):
+        size = A.abs() * tokens.sum(1)
+        if total := float(size.sum()):
+            row[f"negative_{half}"] = float(size[A < 0].sum()) / total
+
+    logs, drops = [], []
+    sizes = [len(part.tokens) for part in slices]
+    split = zip(*(x.split(sizes) for x in (logp, log_ratio, dropped)))
+    for part, (logp, log_ratio, dropped), (norm, parts) in zip(slices, split, watched):
+        losses, _, _, auxs = zip(*parts)
+        aux = auxs[-1]  # the loads of all passes are the whole slice's; a layer's sum is k
+        load = aux.expert_load / aux.expert_load.sum(1, keepdim=True).round()  # (layers, E)
+        beyond = (load - CAPACITY / load.shape[1]).clamp(min=0).sum(1).mean()
+        router_loss = summed(sum(aux.router_loss for aux in auxs))
+        own = {"loss": summed(sum(losses)), "grad_norm": norm, "router_loss": router_loss}
+        own |= {"busiest_expert": float(load.max()), "over_capacity": float(beyond)}
+        logs.append(own | cispo.statistics(log_ratio, dropped, part.trained, recipe))
+        lost = (part.tokens[:, 1:], logp.exp(), log_ratio.exp())
+        drops += zip(*(x[dropped].tolist() for x in lost))
+    reduce = {"ratio_min": min, "ratio_max": max, "busiest_expert": max}
+    row |= {name: reduce.get(name, fmean)([log[name] for log in logs]) for name in logs[0]}
+    return row, drops
+
+
+def summed(x):
+    """A number of all processes, each of which has its share as a tensor."""
+    return float(parallel.totals(x.detach().view(1))[0])
