@@ -245,10 +245,13 @@ def lightning_chunk(q, k, v, slope, state=None, chunk=64):
 #     dk and dv in one launch, their programs in turn                             1.29   1.36
 #     all columns of a head in one program of 8 warps, where heads abound                1.33
 #
-# The rest forward is the chain of products and barriers inside a chunk. Backward is near what its
-# products take: with all reads from the L2 cache dk and dv would take 2.06 ms instead of 2.39 at
-# batch 8. At 32,768 tokens (both: 1.36 times) their programs drift apart and share little. Where
-# tensors lie matters, too: those of 32,768 tokens in one block of memory take 1.30 times, not 0.99.
+# Forward and dq wait for memory (3.8 to 4.1 tensors' time for 4, H100); dk and dv take 6.2 to 7.4
+# for 6: the longer the text, the further their programs drift apart and the less they share.
+# Tried: this loop in Gluon, three products in flight, gives 6.0 to 6.2 there and nothing elsewhere.
+# Tried: all gradients in one launch of that loop, dq from states that forward keeps every 512
+# tokens: both 1.22 instead of 1.30 at batch 8, but 1.36 instead of 1.37 at 32,768 tokens, 1.34
+# instead of 1.26 at 8,192, for 430 lines more; in Triton 1.66, as an `if` in the loop costs much.
+# Where tensors lie matters: those of 32,768 tokens in one block of memory take 1.30 forward.
 
 
 @functools.partial(jit, do_not_specialize=["L"])  # or it is compiled for odd and even L

@@ -153,7 +153,7 @@ class MoE(nn.Module):
         hit = torch.zeros_like(probs).scatter(1, chosen, 1.0)
         if mask is not None:
             probs, hit = probs[mask.flatten()], hit[mask.flatten()]
-        hits, n = parallel.totals(hit.sum(0), max(len(hit), 1))
+        hits, n = parallel.totals(hit.sum(0), len(hit) or 1e-9)  # without tokens 0, not nan
         load, prob = hits / n, probs.sum(0) / n
         return Routing(len(load) * (load * prob).sum(), load, prob)
 
