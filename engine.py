@@ -278,12 +278,13 @@ def _read_prompts(model, prompts, ask, cache):
 
 
 _copies = weakref.WeakKeyDictionary()
+WHOLE = 0.4  # most of a GPU's memory that copied experts may take; more stay in parts
 
 
 def rollout_weights(model):
     """The model that generate reads: itself, or where its activations have another dtype than its
     weights, or its parameters lie in parts on several processes, a copy of that dtype (norms, gates
-    and head aside), made equal anew by every call.
+    and head aside), made equal anew by every call. It is whole, but for experts beyond WHOLE.
     """
     stored = model.embed_tokens.weight
     if model.compute in (None, stored.dtype) and not parallel.in_parts(stored):
@@ -292,22 +293,41 @@ def rollout_weights(model):
     if copied is None or (copied.dtype, copied.device) != (compute, model.device):
         with torch.device("meta"):
             _copies[model] = copied = m1.MiniMaxM1(model.config, model.which)
+        apart = _experts_stay_apart(model)
         for name, p in model.named_parameters():
             wide = p.ndim == 1 or ".gate." in name or "lm_head" in name
             owner, _, leaf = name.rpartition(".")
-            x = torch.empty(p.shape, dtype=p.dtype if wide else compute, device=model.device)
+            if apart and p.ndim == 3:
+                x = p.detach().to(compute, copy=True)
+            else:
+                x = torch.empty(p.shape, dtype=p.dtype if wide else compute, device=model.device)
             setattr(copied.get_submodule(owner), leaf, torch.nn.Parameter(x, requires_grad=False))
         for own, layer in zip(copied.layers, model.layers):
             own.block_sparse_moe.form = layer.block_sparse_moe.form
     for own, p in zip(copied.parameters(), model.parameters()):
-        own.data.copy_(parallel.whole(p.data))
+        own.data.copy_(p.data if parallel.in_parts(own) else parallel.whole(p.data))
     return copied
+
+
+def _experts_stay_apart(model):
+    """Whether each process holds some experts, of which one GPU could not hold all."""
+    moe, device = model.layers[0].block_sparse_moe, model.device
+    if not parallel.by_expert(moe.w1) or device.type != "cuda":
+        return False
+    size = 3 * len(model.layers) * moe.w1.numel() * model.dtype.itemsize
+    return size > WHOLE * torch.cuda.get_device_properties(device).total_memory
+
+
+def in_step(model):
+    """Whether all processes must make as many passes, as each holds some of a model's experts."""
+    return parallel.in_parts(model.layers[0].block_sparse_moe.w1)
 
 
 def takes_graphs(model, n):
     """Whether generate replays CUDA graphs for n rows: on a GPU, if no step must ask the device."""
     x = torch.empty(n, 0, dtype=model.dtype, device=model.device)
-    return x.is_cuda and model.layers[0].block_sparse_moe.best_form(x) in ("dense", "grouped_mm")
+    fixed = model.layers[0].block_sparse_moe.best_form(x) in ("dense", "grouped_mm")
+    return x.is_cuda and fixed and not in_step(model)
 
 
 class Steps:
@@ -348,6 +368,11 @@ class Steps:
     def run(self, used):
         """LOOK steps; the longest row has used so many tokens."""
         self.step(self.rows, self.cache, self.out, used + 1)
+
+    def idle(self):
+        """A pass for nothing, in step with processes that need this one's experts."""
+        token = torch.zeros(1, dtype=torch.int64, device=self.model.device)
+        self.model.decode(token, self.model.new_cache(1, 1), 1)
 
 
 def captured(function, rehearse, device, pool=None):
@@ -486,7 +511,10 @@ def generate(model, prompts, *, on_tokens=None, cache=None, **request):
             raise ValueError(
                 "the model's logits are not finite: its weights are damaged or diverged"
             )
-        free = len(rows.alive) - n_alive
+        free, done = len(rows.alive) - n_alive, begun == n and n_alive == 0
+        if in_step(model) and parallel.somewhere(not done) and done:
+            steps.idle()
+            continue
         if begun < n and free >= max(G, len(rows.alive) // 4):
             last = min(begun + free // G * G, n)
             own, logits, thinking = _read_prompts(
@@ -497,7 +525,7 @@ def generate(model, prompts, *, on_tokens=None, cache=None, **request):
             fresh = Rows.new(number, numbers, thinking[origin], True)
             steps.begin(slots[: len(number)], fresh, own, origin, logits)
             begun, drew = last, number
-        elif n_alive == 0:
+        elif done:
             break
         else:
             if begun == n:

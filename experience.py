@@ -235,9 +235,10 @@ def respond(model, tokenizer, problems, seed, group_size=1, **how):
     is tasks.CRASHED. Of several processes each answers its share, and all get all answers.
     """
     mine, weights, found = parallel.share(len(problems)), engine.rollout_weights(model), []
-    if problems[mine]:
+    asked = problems[mine] or problems[: engine.in_step(weights)]  # for nothing, if others need it
+    if asked:
         how |= {"group_size": group_size, "seed": seed, "first": mine.start * group_size}
-        found = [_respond(weights, tokenizer, problems[mine], group_size, how)]
+        found = [_respond(weights, tokenizer, asked, group_size, how)][: len(problems[mine])]
     if parallel.size() == 1:
         return found[0]
     rollouts, scores = zip(*parallel.together(found))

@@ -60,7 +60,9 @@ class MoE(nn.Module):
         """x (B, L, D), mask (B, L) or None -> (B, L, D) and the Routing of real tokens, or None."""
         flat = x.flatten(0, 1)  # (T, D)
         form = self.best_form(flat)
-        if form == "grouped_mm" and not with_routing and can_route(flat, len(self.gate.weight)):
+        whole = not parallel.in_parts(self.w1)
+        steps = form == "grouped_mm" and not with_routing and whole
+        if steps and can_route(flat, len(self.gate.weight)):
             weight, rows = route(flat, self.gate.weight, self.top_k)
             matrices = (w.to(x.dtype) for w in (self.w1, self.w3, self.w2))
             return step_experts(flat, weight, rows, *matrices).view_as(x), None
@@ -70,7 +72,7 @@ class MoE(nn.Module):
         weight = weight / weight.sum(-1, keepdim=True)
         if self.capacity and with_routing:
             weight = weight * self.within_capacity(chosen, mask)
-        out = self.exchanged if parallel.in_parts(self.w1) else getattr(self, form)
+        out = getattr(self, form) if whole else self.exchanged
         out = out(flat, weight.to(x.dtype), chosen)
         return out.view_as(x), self.routing(probs, chosen, mask) if with_routing else None
 

@@ -3,8 +3,8 @@
 The only user of torch.distributed. A process that torchrun has not started is alone: every function
 here gives back what it got, to the bit.
 
-    every rank   has all problems, responses, rewards and batches, which are small, and a whole copy
-                 of the weights to draw answers from
+    every rank   has all problems, responses, rewards and batches, which are small, and a copy of
+                 the weights to draw answers from: whole, but for experts that no GPU could hold
     each rank    answers its share of the prompts, and learns from its share of a slice's rows
     over ranks   parameters, gradients and moments lie in parts: a layer's are gathered while it
                  computes (FSDP2), experts stay where they are, and rows travel to them; with --sp n
@@ -13,7 +13,7 @@ here gives back what it got, to the bit.
     1. Processes     rank, size, first, by_first, no_bar, start, finish
     2. Shares        share, together, rows, totals, somewhere
     3. Sequences     Part, part, lightning, by_heads, by_tokens
-    4. A model       shard, in_parts, own, held, exchange, whole, on_first, part_like
+    4. A model       shard, in_parts, own, by_expert, held, exchange, whole, on_first, part_like
 """
 
 from __future__ import annotations
@@ -289,6 +289,11 @@ def in_parts(x):
 def own(x):
     """What this rank holds of a tensor that lies in parts, for a product with it."""
     return x.to_local(grad_placements=x.placements) if in_parts(x) else x
+
+
+def by_expert(w):
+    """Whether the matrices w (E, ., .) of experts lie in parts of whole ones, see shard."""
+    return in_parts(w) and len(w) % size() == 0
 
 
 def held(x):

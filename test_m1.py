@@ -48,6 +48,7 @@ import bench
 import bench_check
 import bench_gpu
 import bench_plan
+import bench_scale
 import cispo
 import cli
 import engine
@@ -1782,6 +1783,10 @@ real = train_rl.load_model
 train_rl.load_model = lambda *x: real(*x).double()  # so that rounding changes no token
 train_rl.main()
 """
+APART = """
+import engine, parallel
+engine._experts_stay_apart = lambda model: parallel.by_expert(model.layers[0].block_sparse_moe.w1)
+"""
 
 
 def processes(n, script, flags):
@@ -1821,7 +1826,7 @@ def same(step, *folders, atol=1e-15):
 
 def test_several_processes_take_the_steps_of_one_and_go_on_with_any_number(start, tmp_path):
     """The first step by three processes, the second by one, or by four, of which two share tokens,
-    in small passes. Three cannot divide the four experts; four have one each.
+    in small passes. Three cannot divide the four experts; four have one each, also in rollouts.
     """
     flags = f"{start} --prompts 6 --group-size 4 --updates-per-rollout 2 --eval-problems 5 --steps"
     alone, three, four, one = (tmp_path / name for name in ("alone", "three", "four", "one"))
@@ -1834,6 +1839,7 @@ def test_several_processes_take_the_steps_of_one_and_go_on_with_any_number(start
     shutil.copytree(three, one)
     shutil.copytree(three, four)
     by_one(f"--resume {one} --steps 2")
+    script.write_text(APART + WIDE)
     done = processes(4, script, f"--resume {four} --steps 2 --sp 2 --micro-tokens 40")
     assert done.returncode == 0, done.stderr
     same(2, one, four)
@@ -2547,6 +2553,33 @@ def test_what_a_step_holds_and_receives_is_what_the_plans_arithmetic_says(n, tmp
     for row in rows:  # a scoring pass leaves embedding and head gathered for the update after it
         exact = "all-" not in row["item"]
         assert row["ratio"] == pytest.approx(1, abs=1e-3 if exact else 0.04), row
+
+
+def test_more_processes_are_compared_with_one_step_by_step(tmp_path, monkeypatch, capsys):
+    """Runs and sequences of more than one process stand in here as others' logs and rows."""
+
+    def run(n, command):
+        if "--init" in command:
+            row = dict.fromkeys(runlog.COLUMNS, 8.0 / n) | {"eval_s": 1.0 / n}
+            out = Path(command.split()[-1])
+            out.mkdir()
+            (out / "log.csv").write_text(
+                "".join(
+                    f"{','.join(str(x) for x in line)}\n"
+                    for line in (runlog.COLUMNS, *([i, *list(row.values())[1:]] for i in range(4)))
+                )
+            )
+        elif "bench.py" in command and n == 1:
+            bench_scale.tell_sequences(quick=True)
+            return capsys.readouterr().out
+        return json.dumps({"job": "1,024 tokens, tiny", "processes": n, "seconds": "1e-9"})
+
+    monkeypatch.setattr(bench_scale, "run", run)
+    bench.main(["scale", "--quick", "--out", str(tmp_path)])
+    rows = common.by(common.read_csv(tmp_path / "scale.csv"), "job")
+    assert [x["speedup"] for x in rows["a step of RL"]] == [1, 2]
+    one, two = rows["1,024 tokens, tiny"]
+    assert one["seconds"] > 1e-3 and two["speedup"] > 1e6
 
 
 def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
