@@ -12,6 +12,7 @@ Everywhere c is an M1Config and a the assumptions. Bytes are of one GPU.
 from pathlib import Path
 from types import SimpleNamespace
 
+import parallel
 from cli import model as m1
 from studies.common import print_table, write_csv
 
@@ -293,6 +294,7 @@ def tables(c, a):
     ]
 
 
+@parallel.by_first
 def plan(flags):
     """RL of M1: memory, traffic, time, cost, and what three weeks imply: plan.csv."""
     numbers = []

@@ -80,6 +80,8 @@ def make_batch(prompts, responses, learned, device, rewards=None, infer_logp=Non
     """
 
     def align(values):  # (N, L - 1), zeros at prompts and padding
+        if [*map(len, values)] != [*map(len, responses)]:
+            raise ValueError("every token of a response needs one value")
         flat = torch.cat([torch.as_tensor(v, device="cpu") for v in values]).to(device)
         return flat.new_zeros(here.shape).masked_scatter(here, flat)
 

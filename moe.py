@@ -96,7 +96,7 @@ class MoE(nn.Module):
         rows, expert, back = parallel.exchange(x.index_select(0, token), ends)
         form = self.best_form(rows) if len(rows) else "loop"  # kernels take no empty batch
         y = getattr(self, form)(rows, torch.ones_like(rows[:, :1]), expert[:, None])
-        y = back(y).index_select(0, place).view(*chosen.shape, -1)
+        y = back(y).index_select(0, place).view(*chosen.shape, x.shape[1])
         return (y * weight[..., None]).sum(1)
 
     def loop(self, x, weight, chosen):

@@ -89,6 +89,8 @@ def start(device, sp=1):
     if not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # for the slowest answer
+    if len(set(together([sp]))) > 1:
+        raise ValueError("the processes were started with different numbers for --sp")
     _group, _sp = dist.new_subgroups(sp)[0], sp
     return device
 

@@ -1945,7 +1945,7 @@ def test_processes_refuse_groups_too_small_to_share_and_flags_that_differ(monkey
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="--sp 2 does not divide the 3 processes"):
         parallel.start("cpu", 2)
-    with pytest.raises(ValueError, match="3 processes need a group of at least 3 .*-size 2"):
+    with pytest.raises(ValueError, match="3 shares need a group of at least 3 .*-size 2"):
         train_rl.check_processes(settings(group_size=2))
     monkeypatch.setattr(parallel, "together", lambda x: [*x, *x, "others"])
     with pytest.raises(ValueError, match="process 2 was started with other flags"):

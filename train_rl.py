@@ -417,7 +417,7 @@ def check_processes(flags):
         raise ValueError(f"{n} processes are more than the {DEMONSTRATIONS} that can share a batch")
     if n > flags.group_size:
         found = f"--group-size {flags.group_size}"
-        raise ValueError(f"{n} processes need a group of at least {n} responses, found {found}")
+        raise ValueError(f"{n} shares need a group of at least {n} responses, found {found}")
     asked = parallel.together([repr(flags)])
     if other := [i for i, x in enumerate(asked) if x != asked[0]]:
         raise ValueError(f"process {other[0]} was started with other flags than process 0")
@@ -560,6 +560,7 @@ def read_flags(argv):
         example = "give a run folder such as runs/tiny-cispo-001"
         raise ValueError(f"--resume {path}: no run.json there; {example}")
     old = stored_flags(path)
+    old |= {"sp": 1} if old else {}  # asked anew, as the number of processes is
     if kind == "init":
         kept = ("task", "moves", "min_moves", "eval_problems")
         own = unflat(Flags, {name: x for name, x in old.items() if name in kept})
