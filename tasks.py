@@ -23,6 +23,7 @@ The first line of its docstring is what a chat model is told of it.
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import random
@@ -32,6 +33,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple
 
+import sandbox
 from cli import check, fits, short
 
 FORK, GUESS, THINK, THINK_END = "~", ".", "<think>", "</think>"
@@ -134,6 +136,52 @@ def far(rng, n_moves):
     return recall(rng, n_moves, filler=32)
 
 
+@dataclass(frozen=True)
+class Repair(Problem):
+    """A program with a fault, to be mended. What is right is decided by running it on inputs that
+    the prompt does not show, in the sandbox.
+    """
+
+    code: str = ""  # with {} where the answer goes
+    tests: tuple = ()  # (input, output)
+
+    def check(self, answer):
+        return _passes(self.code.replace("{}", answer), self.tests)
+
+
+@functools.lru_cache(2**16)
+def _passes(program, tests):
+    inputs, right = zip(*tests)
+    outputs = sandbox.run(program, [(x,) for x in inputs]).outputs
+    return outputs is not None and sandbox.agree(outputs, [*right])
+
+
+def repair(rng, n_moves):
+    """The last step of a program modulo 5 is wrong: `1<2:+2-1+0-2=`, 2 must give 1 -> chain
+    +4-3+3>1, edit +3.
+    """
+    kinds, x = ["+0", "+1", "+2", "-1", "-2"], rng.randrange(5)
+    steps, (wrong, right) = rng.choices(kinds, k=n_moves - 1), rng.sample(kinds, 2)
+    y = (x + sum(map(int, [*steps, right]))) % 5
+    return solve_repair(f"{y}<{x}:{''.join([*steps, wrong])}=")
+
+
+def solve_repair(prompt):
+    """The Problem that this prompt poses; None if it is no problem of `repair`."""
+    if not re.fullmatch(r"[0-4]<[0-4]:([+-][0-4])+=", prompt):
+        return None
+    if why := sandbox.missing():
+        raise ValueError(f"task repair runs programs: {why}")
+    *steps, _ = map(int, re.findall(r"[+-]\d", prompt))
+    y, x, code = int(prompt[0]), int(prompt[2]), prompt[4:-3]
+    values = [total % 5 for total in itertools.accumulate(steps, initial=x)]
+    mend = (y - values[-1]) % 5
+    tests = tuple((z, (z + sum(steps) + mend) % 5) for z in (*range(5), 17, 1001) if z != x)
+    chain = "".join(sign + str(value) for sign, value in zip(code[::2], values[1:])) + f">{y}"
+    code = f"def solve(x):\n    return (x{code}{{}}) % 5"
+    return Repair("repair", prompt, chain, f"+{mend}", code, tests)
+
+
 class Task(NamedTuple):
     """How to draw a problem and, where a person's own prompts can be checked, how to solve one."""
 
@@ -145,6 +193,7 @@ TASKS = {
     "mod": Task(mod, solve_mod),
     "walk": Task(walk, solve_walk),
     "cups": Task(cups, solve_cups),
+    "repair": Task(repair, solve_repair),
     "recall": Task(recall),
     "far": Task(far),
 }

@@ -1099,7 +1099,7 @@ def test_verifiers_pay_right_answers_little_for_form_and_nothing_for_nonsense(ta
         scored = tasks.score_chat(problem, text)
         assert (scored.reward, scored.forked) == (pytest.approx(reward), text[0] == "<")
     for verdict in (0.5, math.nan, 1, None, torch.tensor(True), np.bool_(True)):
-        with mock.patch.object(tasks.Problem, "check", lambda *_, v=verdict: v):
+        with mock.patch.object(type(problem), "check", lambda *_, v=verdict: v):
             with pytest.raises(TypeError, match="must return True or False"):
                 tasks.score(problem, closed)
 
@@ -1119,7 +1119,7 @@ def test_held_out_problems_are_distinct_one_prompt_in_eight_and_never_trained_on
     training = tasks.draw(random.Random(0), 3000, list(tasks.TASKS), 6)
     prompts = {p.prompt for p in held_out}
     assert len(prompts) == 300 and not prompts & {p.prompt for p in training}
-    assert [sum(p.task == t for p in held_out) for t in tasks.TASKS] == [60] * 5
+    assert [sum(p.task == t for p in held_out) for t in tasks.TASKS] == [50] * 6
     assert sum(tasks.is_held_out(f"+{i}=") for i in range(8000)) == pytest.approx(1000, rel=0.1)
 
 
@@ -2555,6 +2555,21 @@ def test_no_hostile_program_gets_an_answer_out_and_the_next_one_runs_as_if_it_ha
     again = sandbox.run_all([(good, [(5,), (6,)])] * 20)
     assert again == [sandbox.Result([[5, 1], [6, 2]])] * 20
     assert not Path("/x").exists()
+
+
+@NEEDS_SANDBOX
+def test_a_repair_is_right_where_hidden_inputs_say_so_however_it_is_written():
+    problem = tasks.solve_repair("1<2:+2-1+0-2=")
+    assert (problem.chain, problem.answer) == ("+4-3+3>1", "+3")
+    assert 2 not in [x for x, _ in problem.tests] and len(problem.tests) == 6
+    right = ["+3", "-2", "+8", " + 3", "*1+3", "-2+0*x"]
+    hacks = ["+2", "", "if x == 2 else 1", "*0+1 if x==2 else 0", "*0+1", ")#", "+3.0", "/0"]
+    hacks += ["+exit()", "+[x for x in iter(int, 1)][0]", "\n", "\ud800", "\0", "{}", "é" * 10**4]
+    assert all(map(problem.check, right)) and not any(map(problem.check, hacks))
+    assert not any(map(tasks.solve_repair, ["1<2:=", "1<2:+2-1", "5<2:+2=", "1<2:*2="]))
+    with mock.patch.object(sandbox, "missing", lambda: "bubblewrap is missing"):
+        with pytest.raises(ValueError, match="task repair runs programs: bubblewrap is missing"):
+            tasks.draw(random.Random(0), 1, ["repair"], 4)
 
 
 @NEEDS_SANDBOX
