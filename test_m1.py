@@ -2764,6 +2764,10 @@ def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
     for rows in (model["decode"], model["prefill"]):
         ends = {"transformers_ms": " |", "ms": " ms", "x": " times"}
         said += [column(rows, name, "{:.2f}", end) for name, end in ends.items()]
+    runs = [runlog.read_log(HERE / f"figures/repair-seed{seed}.csv") for seed in range(3)]
+    before, after = ([run[i]["accuracy"] for run in runs] for i in (0, -1))
+    pairs = [f"{min(x):.2f}–{max(x):.2f}" for x in (before, after)]
+    said.append(f"accuracy {pairs[0]} to {pairs[1]}")
     jobs = common.by(committed("scale"), "job")
     for one, two in (rows for name, rows in jobs.items() if "reward" not in name):
         said += [f"{one['seconds']:.2f}", f"{two['seconds']:.2f}", f"{two['speedup']:.2f}"]
