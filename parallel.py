@@ -69,8 +69,8 @@ def sp():
 
 
 def start(device, sp=1):
-    """Meet the other processes, of which sp in a row share tokens: the device of this one. Those
-    but the first say nothing from here, except why they fail.
+    """Join the other processes, of which sp in a row share tokens; returns this one's device. All
+    but the first go silent, except in errors.
     """
     global _group, _sp
     if sp < 1 or size() % sp:
@@ -216,7 +216,7 @@ def lightning(q, k, v, slope, part):
 
     o, last = lightning_attention(q, k, v, slope, cu_seqlens=part.cu_seqlens)
     mine, ones, rate = last[part.last].expand(_sp, -1, -1, -1), [1] * _sp, slope.double()
-    states = _exchange(mine, ones, ones, _group)  # (parts, H, K, V)
+    states = _exchange(mine, ones, ones, _group)  # (parts, H, K, V): one of each, gathered by all
     weight = torch.exp(-rate * rate.new_tensor(part.gaps)[:, None]).to(states.dtype)  # (parts, H)
     S = torch.einsum("ph,phkv->hkv", weight, states)
     t = torch.arange(1, part.begun + 1, device=q.device)
