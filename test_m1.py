@@ -2048,7 +2048,7 @@ def test_a_run_on_a_gpu_resumes_to_the_same_numbers(tmp_path):
 eagerly = functools.partial(quickly, STEPS=3, CONVERGED=0.1, NEAR=0.5, EASY=0.0)  # knows little
 
 
-def test_a_run_killed_six_times_ends_with_the_bits_of_a_quiet_one(start, tmp_path, monkeypatch):
+def test_a_run_killed_four_times_ends_with_the_bits_of_a_quiet_one(start, tmp_path, monkeypatch):
     flags = start + "--steps 40 --eval-every 20 --checkpoint-every 1 --lr 1e-3 "
     flags += "--windows 5,6,8,9 --max-moves 12 --overlong-buffer 2"
     whole, folder, rng, at = tmp_path / "whole", tmp_path / "killed", random.Random(0), [""]
@@ -2064,7 +2064,7 @@ def test_a_run_killed_six_times_ends_with_the_bits_of_a_quiet_one(start, tmp_pat
     processes = multiprocessing.get_context("forkserver")  # a process that imports all once
     if DEVICE == "cpu":  # what has asked for GPUs must not fork: there each child imports by itself
         processes.set_forkserver_preload([__name__, "torch._dynamo"])
-    for _ in range(6):
+    for _ in range(4):
         target, args = (resume, (folder, "")) if at[-1] else (train, (folder, flags))
         child = processes.Process(target=target, args=(*args, eagerly))
         child.start()
@@ -2076,7 +2076,7 @@ def test_a_run_killed_six_times_ends_with_the_bits_of_a_quiet_one(start, tmp_pat
         assert child.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
         at.append(newest(folder))
     resume(folder, main=eagerly)
-    assert finished(folder) == finished(whole) and len(set(at)) == 7
+    assert finished(folder) == finished(whole) and len(set(at)) == 5
     kept = sorted(file.name for file in folder.glob("step-*"))
     assert kept == ["step-000000", "step-000039", "step-000040"]
     assert not list(folder.glob(".*.writing*"))
@@ -2700,13 +2700,12 @@ def test_the_plans_arithmetic_gives_the_allocators_peaks_and_the_speeds_measured
     assert statistics.mean(used) == pytest.approx(a.hbm_used, rel=0.05)
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_what_a_step_holds_and_receives_is_what_the_plans_arithmetic_says(n, tmp_path, monkeypatch):
+def test_what_a_step_holds_and_receives_is_what_the_plans_arithmetic_says(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    done = processes(n, HERE / "bench.py", f"plan-check --quick --out {tmp_path}")
+    done = processes(2, HERE / "bench.py", f"plan-check --quick --out {tmp_path}")
     assert done.returncode == 0 and "all within 15 %" in done.stdout, done.stderr
-    rows = common.read_csv(tmp_path / f"plan-check-{n}.csv")
-    assert len(rows) == (2 if n == 1 else 8)
+    rows = common.read_csv(tmp_path / "plan-check-2.csv")
+    assert len(rows) == 8
     for row in rows:  # a scoring pass leaves embedding and head gathered for the update after it
         exact = "all-" not in row["item"]
         assert row["ratio"] == pytest.approx(1, abs=1e-3 if exact else 0.04), row
