@@ -305,10 +305,8 @@ def _scan_kernel(
         if EARLY:  # all but `local` was whole before its launch began; nothing is written before it
             tl.extra.cuda.gdc_wait()
         if local is not None:
-            forget_segment = _forget_kernel(rate, segment)
-            for j in tl.range(-g, 0, num_stages=STAGES):
-                added = local + at_local + j * (2 * H * K * V) + vs * K + ks
-                S += tl.load(added, mask=inside, other=0.0) - forget_segment * S
+            own = local + at_local
+            S = _add_segments(S, own, g, rate, segment, H, K, V, vs, ks, inside, STAGES)
 
     # The first chunk takes what whole chunks leave over, m < C tokens; other rows count as zeros.
     m = m_segment % C
@@ -373,6 +371,21 @@ def _tables(rate2, u, REVERSE: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, 
     if FLAT:  # adding zeros lays it out as tensor cores hold c^T lam^..: no trip to shared memory
         write += tl.dot(tl.zeros([BV, C], dtype=tl.bfloat16), tl.zeros([C, C], dtype=tl.bfloat16))
     return mask, read, write
+
+
+@jit
+def _add_segments(
+    S, local, g, rate, segment, H, K: tl.constexpr, V: tl.constexpr, vs, ks, inside,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """S^T after segments 0 .. g - 1, each of which decays it and adds its own; local: where that of
+    segment g lies. Later ones are on their way while the first are added.
+    """
+    forget_segment = _forget_kernel(rate, segment)
+    for j in tl.range(-g, 0, num_stages=STAGES):
+        added = local + j * (2 * H * K * V) + vs * K + ks
+        S += tl.load(added, mask=inside, other=0.0) - forget_segment * S
+    return S
 
 
 @jit

@@ -157,9 +157,7 @@ def _passes(program, tests):
 
 
 def repair(rng, n_moves):
-    """The last step of a program modulo 5 is wrong: `1<2:+2-1+0-2=`, 2 must give 1 -> chain
-    +4-3+3>1, edit +3.
-    """
+    """Mend a program's last step, mod 5: `1<2:+2-1+0-2=`, 2 gives 1 -> chain +4-3+3>1, edit +3."""
     kinds, x = ["+0", "+1", "+2", "-1", "-2"], rng.randrange(5)
     steps, (wrong, right) = rng.choices(kinds, k=n_moves - 1), rng.sample(kinds, 2)
     y = (x + sum(map(int, [*steps, right]))) % 5
