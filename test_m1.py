@@ -2779,10 +2779,14 @@ def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
         ours = "{:.0f} (x {:.2f})"
         times = [(row[f"triton_{x}_us"], row[f"triton_{x}_x"]) for x in bench_gpu.JOBS]
         cells = [row["shape"], *(ours.format(*pair) for pair in times)]
-        for name in ("fla", "flash", "cudnn"):
+        for name in ("fla", "fla_128", "fla_fused", "mlstm", "flash", "cudnn"):
             two = [row.get(f"{name}_{job}_us") for job in bench_gpu.JOBS]
             cells.append(", ".join(f"{x:.0f}" for x in two) if all(two) else "not measured")
         said.append(f"| {' | '.join(cells)} |")
+    [calls] = (row for row in committed("kernel") if row["part"] == "launch")
+    for name, end in (("triton", " µs"), ("fla", ""), ("add", "")):
+        one, both = (f"{calls[f'{name}_{job}_us']:.0f}{end}" for job in bench_gpu.JOBS)
+        said.append(f"{one}, with gradients {both}" if end else f"{one} and {both}")
     speed = " ".join((HERE / "studies/SPEED.md").read_text().split())
     assert not [line for line in said if line not in speed and line not in README_LINE]
 
