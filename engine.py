@@ -278,7 +278,7 @@ def _read_prompts(model, prompts, ask, cache):
 
 
 _copies = weakref.WeakKeyDictionary()
-WHOLE = 0.4  # most of a GPU's memory that copied experts may take; more stay in parts
+WHOLE = 0.5  # most of what training leaves free that copied experts may take, or stay in parts
 
 
 def rollout_weights(model):
@@ -315,7 +315,8 @@ def _experts_stay_apart(model):
     if not parallel.by_expert(moe.w1) or device.type != "cuda":
         return False
     size = 3 * len(model.layers) * moe.w1.numel() * model.dtype.itemsize
-    return size > WHOLE * torch.cuda.get_device_properties(device).total_memory
+    trained = 16 * sum(p.numel() for p in model.parameters()) / parallel.size()  # bytes
+    return size > WHOLE * (torch.cuda.get_device_properties(device).total_memory - trained)
 
 
 def in_step(model):
