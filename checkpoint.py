@@ -147,7 +147,7 @@ def load_pretrained(path, device="cpu", dtype=None, layers=None, parts=False):
 
 
 def load_trainer(path, optimizer, curriculum, device):
-    """Load trainer.pt of a checkpoint into an optimizer and a tasks.Curriculum: (step, seconds)."""
+    """Load trainer.pt of a checkpoint into an optimizer and a Curriculum: (step, seconds)."""
     file = path / "trainer.pt"
     check_sums(path, [file.name])
     how = "let the run's file `latest` name an older checkpoint"

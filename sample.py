@@ -33,6 +33,7 @@ from cli import (
     unflat,
 )
 from cli import model as m1
+from curriculum import Mix
 from engine import generate
 from tokenizer import END_OF_TURN, Tokenizer, chat_pieces, parse_tool_calls
 
@@ -137,13 +138,13 @@ def read_tools(path):
 
 
 def run_problems(folder):
-    """The tasks.Mix that a checkpoint's run learnt; None without a run, or with tasks not here."""
+    """The Mix that a checkpoint's run learnt; None without a run, or with tasks not here."""
     file = Path(folder).parent / "run.json"
     flags = read_json(file).get("flags", {}) if file.is_file() else {}
     try:
         if not fits(flags, dict[str, object]):
             raise ValueError(f"flags are {short(flags)}")
-        problems, most = unflat(tasks.Mix, flags), flags.get("max_moves")
+        problems, most = unflat(Mix, flags), flags.get("max_moves")
         if most:  # moves rose during the run
             least = problems.min_moves or problems.moves
             problems = dataclasses.replace(problems, min_moves=least, moves=most)

@@ -68,6 +68,7 @@ import train_rl
 from checkpoint import load_pretrained, published_tensors, save_pretrained
 from cispo import Recipe
 from cli import read_json
+from curriculum import Curriculum, Growth, Mix
 from lightning_attn import FORMS, decay_slopes, lightning_attention, lightning_step
 from model import M1Config, MiniMaxM1, MoE, count_parameters
 from studies import common
@@ -1073,8 +1074,8 @@ def test_chains_are_those_worked_out_by_hand_and_a_prompt_tells_its_problem(name
     foreign += [prompt + "\n", prompt + "=", "9" + prompt, prompt[0] + "9" + prompt[1:]]
     foreign += [other for other, *_ in CHAINS.values() if other != prompt]
     assert not any(task.solve(text) for text in foreign)
-    assert tasks.Mix(f"far, {name}").solve(prompt).chain == chain
-    assert tasks.Mix("far,recall").solve(prompt) is None
+    assert Mix(f"far, {name}").solve(prompt).chain == chain
+    assert Mix("far,recall").solve(prompt) is None
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
@@ -1426,7 +1427,7 @@ def test_only_informative_groups_are_kept_and_too_few_of_them_ask_for_more_promp
     def collected(**how):
         how |= dict(prompts=3, group_size=2, moves=2, min_groups=3, max_new_tokens=4)
         flags = settings(**how, eval_problems=3, updates_per_rollout=1)
-        problems = tasks.Curriculum(flags.mix, flags.growth).problems(1)
+        problems = Curriculum(flags.mix, flags.growth).problems(1)
         return experience.collect(model, TOKENIZER, problems, flags, flags.sampling, step=1)
 
     model = small_model()
@@ -1472,15 +1473,15 @@ def test_a_response_earns_if_it_ended_after_the_token_and_a_crash_costs_one_rewa
 
 
 def test_windows_open_when_outputs_have_converged_near_the_limit_and_right_ones_grow(monkeypatch):
-    monkeypatch.setattr(tasks.Curriculum, "STEPS", 2)
+    monkeypatch.setattr(Curriculum, "STEPS", 2)
     flags = settings(moves=4, max_moves=6, windows="10,20,30", eval_problems=60)
 
     def grown(perplexity, length_p99, correct=(0.0,) * 9):
         """The windows and moves after each step of what these steps saw."""
-        curriculum = tasks.Curriculum(flags.mix, flags.growth)
+        curriculum = Curriculum(flags.mix, flags.growth)
         for p, c in zip(perplexity, correct):
             curriculum.observe(dict(perplexity=p, length_p99=length_p99, correct=c))
-            again = tasks.Curriculum(flags.mix, flags.growth)
+            again = Curriculum(flags.mix, flags.growth)
             again.load_state_dict(curriculum.state_dict())
             assert vars(again) == vars(curriculum)
             yield curriculum.limit, curriculum.moves, {len(q.chain) for q in again.problems(0)(9)}
@@ -1495,7 +1496,7 @@ def test_windows_open_when_outputs_have_converged_near_the_limit_and_right_ones_
     right = [0.9, 0.6, 0.9, 0.9, 0.9, 1.0, 1.0, 1.0, 1.0]  # 0.75 is not enough; then two steps each
     moves = [4, 4, 4, 5, 5, 6, 6, 6, 6]
     assert [n for _, *n in grown(same, 1, right)] == [[n, {n}] for n in moves]
-    assert tasks.Curriculum(flags.mix, tasks.Growth()).limit is None
+    assert Curriculum(flags.mix, Growth()).limit is None
     plain = settings(moves=4, max_moves=6, eval_problems=60)
     assert (plain.longest(6), flags.longest()) == (plain.longest() + 2, 30)
     rng = random.Random(0)  # the cold start has them all, or what is harder would never be right
@@ -1505,7 +1506,7 @@ def test_windows_open_when_outputs_have_converged_near_the_limit_and_right_ones_
 
 def test_rl_draws_only_from_what_the_filter_found_to_be_solved_sometimes(monkeypatch, capsys):
     flags = settings(prompts=8, moves=9, filter_problems=100, temperature=0.5)
-    curriculum, rates = tasks.Curriculum(flags.mix, flags.growth), itertools.cycle(range(11))
+    curriculum, rates = Curriculum(flags.mix, flags.growth), itertools.cycle(range(11))
     candidates = curriculum.candidates(7)
     rounds = ([i < k for k in itertools.islice(rates, n) for i in range(10)] for n in (64, 36))
     calls = answer(monkeypatch, lambda *_: next(rounds))
@@ -1710,8 +1711,8 @@ def read(flags):
 def test_what_is_not_given_follows_from_algorithm_model_and_start(run):
     few, init = "--eval-problems 6 --init", f"--init {run[0]}"
     mixes = [read(x).mix for x in (f"{few} {run[0]}", f"{few} {run[0]}/step-000000", "")]
-    assert mixes == [tasks.Mix("mod", 3)] * 2 + [tasks.Mix()]
-    assert read(f"{init} --task cups --moves 7").mix == tasks.Mix("cups", 7)  # given: it wins
+    assert mixes == [Mix("mod", 3)] * 2 + [Mix()]
+    assert read(f"{init} --task cups --moves 7").mix == Mix("cups", 7)  # given: it wins
     given, grpo = read("--algo grpo --clip-high 0 --token-weights group").recipe, Recipe("grpo")
     recipes = {grpo: [0.2, 0.2, "sequence"], given: [0.2, 0.0, "group"]}
     recipes[dataclasses.replace(grpo, algo="cispo")] = [0.2, 0.28, "batch"]
@@ -1746,7 +1747,7 @@ def quickly(argv, **rules):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runlog, "draw_curves", lambda *_: None)
         for name, value in rules.items():
-            patch.setattr(tasks.Curriculum, name, value)
+            patch.setattr(Curriculum, name, value)
         return train_rl.main(argv)
 
 

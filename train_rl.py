@@ -51,6 +51,7 @@ from cli import (
     unflat,
 )
 from cli import model as m1
+from curriculum import Curriculum, Growth, Mix
 from experience import (
     Imitation,
     collect,
@@ -91,11 +92,11 @@ class ColdStart:
 class Flags:
     """Every setting of a run. Defaults are the main job."""
 
-    mix: tasks.Mix = field(default_factory=tasks.Mix)
+    mix: Mix = field(default_factory=Mix)
     cold: ColdStart = field(default_factory=ColdStart)
     sampling: engine.Sampling = field(default_factory=engine.Sampling)
     recipe: cispo.Recipe = field(default_factory=cispo.Recipe)
-    growth: tasks.Growth = field(default_factory=tasks.Growth)
+    growth: Growth = field(default_factory=Growth)
 
     preset: Literal["tiny", "small", "base"] | None = None
     """model size; None = tiny, or that of --init"""
@@ -359,7 +360,7 @@ def begin(flags):
     tokenizer = load_tokenizer(flags, stored, config)
     check_lengths(flags, tokenizer, config.max_position_embeddings)
     model = load_model(flags, stored, config, device)
-    optimizer, curriculum = make_optimizer(model), tasks.Curriculum(flags.mix, flags.growth)
+    optimizer, curriculum = make_optimizer(model), Curriculum(flags.mix, flags.growth)
     if resumed:
         runlog.reopen(run, optimizer, curriculum, device, flags.steps)
     if not run:

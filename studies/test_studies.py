@@ -33,6 +33,7 @@ import tasks
 import train_rl
 from checkpoint import load_pretrained
 from cli import flat
+from curriculum import Curriculum, Growth, Mix
 from studies import adam, algos, balance, budget, common, compare, forks, precision, windows
 from studies import main as main_job
 from tokenizer import Tokenizer
@@ -231,7 +232,7 @@ def code_restored():
     """What studies change in the code of their own processes is as it was at the end."""
     changed = [(train_rl, "ADAM_EPS"), (m1.MiniMaxM1, "head"), (m1.MoE, "__init__")]
     with contextlib.ExitStack() as stack:
-        for owner, name in [*changed, (tasks.Curriculum, "observe")]:
+        for owner, name in [*changed, (Curriculum, "observe")]:
             stack.enter_context(mock.patch.object(owner, name, getattr(owner, name)))
         stack.enter_context(mock.patch.dict(m1.PRESETS["tiny"]))
         stack.enter_context(mock.patch.object(runlog, "draw_curves"))
@@ -292,7 +293,7 @@ def test_changes_of_the_code_do_what_they_are_named_after():
         adam.large_eps()
         assert train_rl.make_optimizer(model).param_groups[0]["eps"] == 1e-8
         windows.jump(4)
-        curriculum, opened = tasks.Curriculum(tasks.Mix(), tasks.Growth(windows="8,10,12")), []
+        curriculum, opened = Curriculum(Mix(), Growth(windows="8,10,12")), []
         for _ in range(6):
             opened.append(curriculum.limit)  # of steps 1 to 6
             curriculum.observe({"correct": 0.0})

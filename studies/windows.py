@@ -8,7 +8,7 @@ once, and a forced jump from the first to the last before step 10, whatever the 
 
 from functools import partial
 
-import tasks
+from curriculum import Curriculum
 from studies.common import MIXED, Study, interval, mean, script
 
 
@@ -20,7 +20,7 @@ def jump(step):
         last = len(self.growth.limits) - 1
         self.window = last if len(self.correct) + 1 >= step else 0
 
-    tasks.Curriculum.observe = observe
+    Curriculum.observe = observe
 
 
 def negative_by_window(logs):
