@@ -6,6 +6,8 @@ Curriculum   windows, difficulty and filtered problems, decided by what rollouts
 """
 
 import random
+import re
+from collections import Counter
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -18,7 +20,7 @@ class Mix:
     """Which problems a run is about."""
 
     task: str = "mod,walk,cups"
-    """tasks to mix evenly, separated by commas"""
+    """tasks to mix, separated by commas; mod:2 twice as often, mod:0-1 rising over the steps"""
     moves: int = 6
     """difficulty: steps per problem"""
     min_moves: int | None = None
@@ -26,17 +28,44 @@ class Mix:
 
     def __post_init__(self):
         check(self, moves=(1, 1000), min_moves=(1, 1000))
+        if not all(sum(self.shares(at).values()) for at in (0, 1)):
+            raise ValueError(f"--task {short(self.task)}: all weights are 0, at first or at last")
         if self.min_moves and self.min_moves > self.moves:
             raise ValueError(f"--min-moves {self.min_moves} is more than --moves {self.moves}")
 
     @property
     def names(self):
         """The tasks as a list."""
-        return [name.strip() for name in self.task.split(",")]
+        return [name.partition(":")[0].strip() for name in self.task.split(",")]
 
-    def draw(self, rng, n, moves=None, held_out=False):
-        """n of these problems, or as hard as `moves` says. rng: random.Random."""
-        return tasks.draw(rng, n, self.names, moves or self.moves, self.min_moves, held_out)
+    def shares(self, progress):
+        """{task: weight} after this share of the run's steps."""
+        weights = {}
+        for name, text in zip(self.names, self.task.split(",")):
+            found = re.fullmatch(r"[^:]*(?::([\d.]+)(?:-([\d.]+))?)?\s*", text)
+            try:
+                first, last = (float(x or 1) for x in (found[1], found[2] or found[1]))
+            except (TypeError, ValueError):
+                need = "a task, with a weight such as :2 or :0-1 if not 1"
+                raise ValueError(f"--task: {short(text)} is not {need}") from None
+            weights[name] = first + (last - first) * progress
+        return weights
+
+    def turns(self, n, progress=0.0):
+        """The tasks of n problems: next is always the one that is furthest behind its share."""
+        weights = self.shares(progress)
+        drawn, total = dict.fromkeys(weights, 0), sum(weights.values())
+        for i in range(n):
+            name = max(weights, key=lambda x: weights[x] * (i + 1) / total - drawn[x])
+            drawn[name] += 1
+            yield name
+
+    def draw(self, rng, n, moves=None, held_out=False, progress=None):
+        """n of these problems, or as hard as `moves` says, evenly of all tasks, or as is their
+        share after this part of the steps. rng: random.Random.
+        """
+        names = self.names if progress is None else [*self.turns(n, progress)]
+        return tasks.draw(rng, n, names, moves or self.moves, self.min_moves, held_out)
 
     def solve(self, prompt):
         """The Problem that a prompt poses, if it is one of these tasks that can be told."""
@@ -129,14 +158,17 @@ class Curriculum:
         """The training problems that --filter-problems tries, the same ones whenever asked."""
         return self.mix.draw(random.Random(seed), self.growth.filter_problems)
 
-    def problems(self, seed):
-        """A function of n that draws n of a step's problems."""
+    def problems(self, seed, progress=0.0):
+        """A function of n that draws n of a step's problems, after this share of all steps."""
         rng = random.Random(seed)
-        if self.kept:
-            filter_seed, marks = self.kept
-            pool = [p for p, keep in zip(self.candidates(filter_seed), marks) if keep]
-            return lambda n: rng.choices(pool, k=n)
-        return lambda n: self.mix.draw(rng, n, self.moves)
+        if not self.kept:
+            return lambda n: self.mix.draw(rng, n, self.moves, progress=progress)
+        filter_seed, marks = self.kept
+        pool = [p for p, keep in zip(self.candidates(filter_seed), marks) if keep]
+        shares = self.mix.shares(progress)
+        count = Counter(p.task for p in pool)
+        weights = [shares[p.task] / count[p.task] for p in pool]
+        return lambda n: rng.choices(pool, weights if any(weights) else None, k=n)
 
     def observe(self, seen):
         """Take in what a step's rollouts showed (experience.collect) and decide about the next

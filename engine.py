@@ -37,7 +37,7 @@ class Rollout(NamedTuple):
 
     tokens: torch.Tensor  # (N, T) int64
     logp: torch.Tensor  # (N, T) fp32: under the distribution that each token was drawn from
-    mask: torch.Tensor  # (N, T) bool: drawn by the model, so no padding, no </think> of the budget
+    mask: torch.Tensor  # (N, T) bool: drawn by the model: no padding, reply, </think> of the budget
     lengths: torch.Tensor  # (N,) int64: tokens of each response, the end token included
     ended: list  # N of ENDED: why; or "context", in a full Chat
     seconds: float = 0.0  # that generating took
@@ -94,6 +94,7 @@ class Request:
     think_budget: int | None = None  # unclosed thinking gets think_end_id after so many tokens
     repetition_stop: int = 3000  # a loop ends after so many tokens of p > 0.99 in a row; 0 = never
     max_rows: int | None = None  # responses at a time, in whole groups; None = all
+    call_id: int | None = None  # ends a call, which generate's `reply` answers
     first: int = 0  # number of the first response among those of all processes, see streams
 
     def __post_init__(self):
@@ -201,13 +202,14 @@ class Rows:
     step: torch.Tensor  # its tokens so far
     token: torch.Tensor  # the last one
     streak: torch.Tensor  # tokens in a row of p > 0.99
+    given: torch.Tensor  # tokens of a reply that stand in the outputs and come next
     thinking: torch.Tensor  # bool: no </think> so far
     alive: torch.Tensor  # bool
 
     @classmethod
     def new(cls, number, streams, thinking, alive):
         """Rows without a token yet."""
-        zeros = (torch.zeros_like(number) for _ in range(3))
+        zeros = (torch.zeros_like(number) for _ in range(4))
         return cls(number, streams[number], *zeros, thinking, torch.full_like(thinking, alive))
 
     def select(self, keep):
@@ -240,10 +242,14 @@ def draw(logits, rows, out, ask):
     token, logp = sample_tokens(logits, ask.temperature, ask.top_p, uniform)
     out.broken |= (~logp.isfinite() & alive).any()
     drawn = alive
+    if ask.call_id is not None:
+        drawn = alive & (rows.given == 0)
+        token = token.where(rows.given == 0, out.tokens[at])
+        rows.given.sub_(1).clamp_(min=0)
     if ask.think_budget is not None:
-        forced = alive & rows.thinking & (token != ask.think_end_id)
-        forced &= rows.step == ask.think_budget
-        token, drawn = token.masked_fill(forced, ask.think_end_id), alive & ~forced
+        forced = drawn & rows.thinking & (token != ask.think_end_id)
+        forced &= rows.step >= ask.think_budget
+        token, drawn = token.masked_fill(forced, ask.think_end_id), drawn & ~forced
     out.tokens[at] = token.where(alive, ask.pad_id)
     out.logp[at] = logp.float().where(drawn, 0.0)
     out.mask[at] = drawn
@@ -254,13 +260,26 @@ def draw(logits, rows, out, ask):
     code = torch.full_like(token, LENGTH)  # it goes on, or is cut
     if 0 < ask.repetition_stop <= ask.max_new_tokens:
         sure = logits.softmax(-1).gather(1, token[:, None])[:, 0] > 0.99
-        rows.streak.copy_((rows.streak + 1) * sure)
+        streak = (rows.streak + 1) * sure
+        rows.streak.copy_(streak if ask.call_id is None else streak.where(drawn, rows.streak))
         code.masked_fill_(rows.streak >= ask.repetition_stop, REPETITION)
     code.masked_fill_(token == ask.eos_id, EOS)
     out.cause[rows.number] = code.where(alive, out.cause[rows.number])
     rows.token.copy_(token)
     rows.step += alive
     rows.alive &= (code == LENGTH) & (rows.step < ask.max_new_tokens)
+
+
+def answer_calls(rows, out, ask, reply):
+    """Write what reply(response, tokens so far) says behind each call that has just ended. Rows
+    then take it token by token, as they take what they draw, so that no row waits for another.
+    """
+    calls = rows.alive & (rows.token == ask.call_id) & (rows.given == 0)
+    for i in calls.nonzero()[:, 0].tolist():
+        number, step = int(rows.number[i]), int(rows.step[i])
+        ids = reply(number, out.tokens[number, :step].tolist())[: ask.max_new_tokens - step]
+        out.tokens[number, step : step + len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        rows.given[i] = len(ids)
 
 
 def _read_prompts(model, prompts, ask, cache):
@@ -337,6 +356,7 @@ class Steps:
     LOOK = 1  # steps between two looks at what has ended
 
     def __init__(self, model, ask, size, n, max_len, cache=None):
+        self.look = self.LOOK if ask.call_id is None else 1  # who calls waits for a reply
         self.model, self.ask, self.max_len = model, ask, max_len
         self.rows, self.cache = self._room(size, n, cache)
         self.out = _outputs(n, ask.max_new_tokens, ask.pad_id, model.device)
@@ -367,7 +387,7 @@ class Steps:
         draw(self.model.decode(rows.token, cache, reach), rows, out, self.ask)
 
     def run(self, used):
-        """LOOK steps; the longest row has used so many tokens."""
+        """`look` steps; the longest row has used so many tokens."""
         self.step(self.rows, self.cache, self.out, used + 1)
 
     def idle(self):
@@ -451,10 +471,10 @@ class Graphs(Steps):
         self.rows, self.cache = rows, cache
 
     def run(self, used):
-        """LOOK steps of all rows."""
-        reach = min(self._up(used + self.LOOK), self.max_len)
+        """`look` steps of all rows."""
+        reach = min(self._up(used + self.look), self.max_len)
         graph = self._graph(self.rows, self.cache, reach)
-        for _ in range(self.LOOK):
+        for _ in range(self.look):
             graph.replay()
 
     def _graph(self, rows, cache, reach):
@@ -480,7 +500,7 @@ class Graphs(Steps):
 # ============================================================================
 
 
-def generate(model, prompts, *, on_tokens=None, cache=None, **request):
+def generate(model, prompts, *, on_tokens=None, reply=None, cache=None, **request):
     """Responses to prompts (lists of token ids), as a Rollout. request: the fields of Request.
 
     Prompts are padded on the left and read once each, when the first of their group begins. At most
@@ -489,7 +509,9 @@ def generate(model, prompts, *, on_tokens=None, cache=None, **request):
     Every response draws from a stream of its own, made of seed and its number: in fp32 its tokens
     do not depend on those beside it (but for rounding, where two are as likely); in bf16 products
     round differently with the size of a batch. on_tokens(responses, tokens) is called after each
-    step with the numbers and tokens of those that drew one. cache: that of one conversation so far.
+    step with the numbers and tokens of those that drew one. reply(response, tokens so far) is asked
+    when one has drawn call_id; the tokens that it returns come next, see answer_calls. cache: that
+    of one conversation so far.
     The one prompt is what comes next, and the cache then holds it and the response but for the
     response's last token, which no step has read. On a GPU steps are replayed from CUDA graphs (see
     Graphs), unless on_tokens or cache is given.
@@ -535,6 +557,8 @@ def generate(model, prompts, *, on_tokens=None, cache=None, **request):
             steps.run(used)
         if on_tokens:
             on_tokens(drew, steps.out.tokens[drew, steps.out.lengths[drew] - 1])
+        if reply:
+            answer_calls(steps.rows, steps.out, ask, reply)
 
     out = steps.out
     out.cause[(out.cause == EOS) & (out.mask.sum(1) < out.lengths)] = BUDGET

@@ -1,9 +1,9 @@
 """What the loop trains on: problems answered, scored, gathered in groups and made into batches.
 
     1. Batches           Batch, make_batch, trained_logp, passes, Imitation
-    2. Answers           prompt_ids, respond, scored, evaluate
+    2. Answers           prompt_ids, respond, environment, scored, evaluate
     3. Experience        solvable, collect
-    4. Only watched      measure, summed
+    4. Only watched      measure, by_family, summed
 
 Everywhere `flags` is a train_rl.Flags, of which group sizes, limits and seeds are read.
 Dimension key: N sequences, L tokens of the longest, G responses per prompt.
@@ -249,6 +249,8 @@ def respond(model, tokenizer, problems, seed, group_size=1, **how):
 
 def _respond(model, tokenizer, problems, group_size, how):
     prompts = [prompt_ids(tokenizer, p) for p in problems]
+    if any(p.call for p in problems):
+        how |= environment(tokenizer, problems, group_size)
     rollout = engine.generate(model, prompts, **how, **tokenizer.ids()).to("cpu")
     closed = (rollout.tokens == (tokenizer.think_end_id or -1)).sum(1).tolist()
     scores = []
@@ -256,16 +258,41 @@ def _respond(model, tokenizer, problems, group_size, how):
         ended = rollout.ended[i] in ("eos", "budget")
         if not tokenizer.has_turns:  # byte by byte </think> is not the token
             ended = ended and text.count(tasks.THINK_END) == closed[i]
-        problem = problems[i // group_size]
+        problem, started = problems[i // group_size], time.perf_counter()
         try:
             score = tasks.score_chat if tokenizer.has_turns else tasks.score
-            scores.append(score(problem, text, ended))
+            found = score(problem, text, ended)
+            scores.append(dataclasses.replace(found, seconds=time.perf_counter() - started))
         except (Exception, SystemExit) as error:  # a verifier's bug costs a reward, not the run
-            where = f"the verifier crashed on {problem.prompt!r} ({problem.task})"
-            said = f"{where}, which earns nothing: {short(error)}"
-            tqdm.write(said, file=None if parallel.first() else sys.stderr)
+            tell_crash("verifier", problem, error, "earns nothing")
             scores.append(tasks.CRASHED)
     return rollout, scores
+
+
+def environment(tokenizer, problems, group_size, most=4, longest=64):
+    """What answers the calls of these problems' responses, as arguments of engine.generate: up to
+    `most` in each, with up to `longest` tokens.
+    """
+    [call_id] = tokenizer.encode(tasks.CALL_END)
+
+    def reply(number, tokens):
+        problem, text = problems[number // group_size], tokenizer.decode(tokens)
+        if not problem.call or text.count(tasks.CALL_END) > most:
+            return []
+        try:
+            return tokenizer.encode(problem.reply(text) or "")[:longest]
+        except (Exception, SystemExit) as error:
+            tell_crash("tool", problem, error, "answers nothing")
+            return []
+
+    return {"call_id": call_id, "reply": reply}
+
+
+def tell_crash(what, problem, error, so):
+    """One line about a bug of a task, which costs a reward and not the run."""
+    where = f"the {what} crashed on {problem.prompt!r} ({problem.task})"
+    said = f"{where}, which {so}: {short(error)}"
+    tqdm.write(said, file=None if parallel.first() else sys.stderr)
 
 
 def response_texts(tokenizer, rollout):
@@ -289,7 +316,7 @@ def scored(model, tokenizer, problems, seeds, group_size=1, **how):
 
 
 def evaluate(model, tokenizer, flags):
-    """Score a model on held-out problems, the same for every seed.
+    """Score a model on held-out problems, the same for every seed: (a row, rows by_family).
 
     accuracy = pass@1: the mean over k = eval_samples responses at temperature 1 to each problem;
     pass_k: at least one of them is right; greedy: the likeliest response is; eval_fork_rate,
@@ -302,7 +329,7 @@ def evaluate(model, tokenizer, flags):
     correct = [s.correct for s in scores]
     guesses = [s.correct for s in scores if not s.forked]
     row = {"eval_guess_right": fmean(guesses)} if guesses else {}
-    return row | {
+    row |= {
         "accuracy": fmean(correct),
         "pass_k": fmean(any(correct[i : i + k]) for i in range(0, len(correct), k)),
         "greedy": fmean(s.correct for s in greedy),
@@ -310,6 +337,7 @@ def evaluate(model, tokenizer, flags):
         "eval_length": fmean(lengths),
         "eval_s": time.perf_counter() - start,
     }
+    return row, by_family("held-out", flags.held_out, k, scores, lengths)
 
 
 # ============================================================================
@@ -335,13 +363,13 @@ def solvable(model, tokenizer, flags, candidates):
 
 def collect(model, tokenizer, problems, flags, sampling, step):
     """Sample G answers to each problem, score them, keep the groups in which some are right and
-    some are wrong (DAPO); what form and length earn besides decides nothing.
+    some are wrong, or some call (DAPO); what form and length earn besides decides nothing.
 
     problems: a function that draws n of them. While fewer than min_groups are kept, more prompts
-    are drawn, twice at most. Returns a Batch of the kept groups, None if there are still too few,
-    and means over everything sampled, dropped groups included.
+    are drawn, twice at most. Returns a Batch of the kept groups, None if there are still too few;
+    means over everything sampled, dropped groups included; and rows by_family.
     """
-    start, rollout_s, rows = time.perf_counter(), 0.0, []
+    start, rollout_s, rows, tried = time.perf_counter(), 0.0, [], []
     scores, lengths, rewards, logp = [], [], [], []  # of everything sampled
     G, buffer, how = flags.group_size, flags.recipe.overlong_buffer, dataclasses.asdict(sampling)
     for attempt in range(3):
@@ -350,8 +378,9 @@ def collect(model, tokenizer, problems, flags, sampling, step):
         earned = torch.tensor([s.reward for s in new])
         if buffer:
             earned += cispo.overlong_penalty(rollout.lengths, sampling.max_new_tokens, buffer)
-        right = torch.tensor([s.correct for s in new])
-        kept = cispo.informative_groups(right, G).repeat_interleave(G)
+        kept = torch.tensor([s.value for s in new])
+        kept = cispo.informative_groups(kept, G).repeat_interleave(G)
+        tried += asked
         prompts, lasted = [prompt_ids(tokenizer, p) for p in asked], rollout.lengths.tolist()
         scores += new
         rewards += earned.tolist()
@@ -379,10 +408,11 @@ def collect(model, tokenizer, problems, flags, sampling, step):
         "rollout_s": rollout_s,
         "reward_s": time.perf_counter() - start - rollout_s,
     }
-    if seen["groups"] < flags.min_groups:
-        return None, seen
-    prompts, responses, learned, earned, recorded = zip(*rows)
-    return make_batch(prompts, responses, learned, model.device, earned, recorded), seen
+    families, batch = by_family("rollouts", tried, G, scores, lengths), None
+    if seen["groups"] >= flags.min_groups:
+        prompts, responses, learned, earned, recorded = zip(*rows)
+        batch = make_batch(prompts, responses, learned, model.device, earned, recorded)
+    return batch, seen, families
 
 
 # ============================================================================
@@ -437,6 +467,21 @@ def measure(slices, old, watched, recipe, longest):
     reduce = {"ratio_min": min, "ratio_max": max, "busiest_expert": max}
     row |= {name: reduce.get(name, fmean)([log[name] for log in logs]) for name in logs[0]}
     return row, drops
+
+
+def by_family(part, problems, group_size, scores, lengths):
+    """Rows of families.csv: how the families of these problems went."""
+    found = {}
+    for i, (score, length) in enumerate(zip(scores, lengths)):
+        own = found.setdefault(problems[i // group_size].family, [])
+        own.append((score.correct, score.reward, score.forked, score.calls, length, score.seconds))
+    rows = []
+    for family, own in sorted(found.items()):
+        *columns, seconds = zip(*own)
+        means = zip(("correct", "reward", "forked", "calls", "length"), map(fmean, columns))
+        row = {"part": part, "family": family, "responses": len(own), **dict(means)}
+        rows.append(row | {"check_s": sum(seconds)})
+    return rows
 
 
 def summed(x):

@@ -2,11 +2,11 @@
 dicts and texts.
 
 A run folder explains itself: run.json (settings, versions), log.csv (a row a step), dropped.csv,
-samples.txt, curves.png, summary.json, step-000040/ (published layout plus trainer.pt) and `latest`,
+families.csv, samples.txt, curves.png, summary.json, step-000040/ (published layout plus trainer.pt) and `latest`,
 which names the newest. Every file is written beside its place and moved there, so a reader never
 meets half of one.
 
-    1. Columns            COLUMNS, DROPPED
+    1. Columns            COLUMNS, DROPPED, FAMILIES
     2. Files              new_folder, write_file, read_log
     3. A run              Run: steps, log, save; reopen
     4. What is shown      summarize_drops, show_drops, finish, reference, draw_curves
@@ -63,6 +63,8 @@ seconds rollout_s reward_s update_s eval_s     # of the step, and of its parts
 """
 COLUMNS = [name for line in TABLE.splitlines() for name in line.partition("#")[0].split()]
 DROPPED = ["step", "token", "rose", "count", "probability", "ratio"]  # before the updates; means
+FAMILIES = "step part family responses correct reward forked calls length check_s".split()  # means,
+#   but for responses and the seconds that judging took; part: rollouts, or held-out problems
 MEASURED = ("accuracy", "pass_k", "greedy", "eval_fork_rate", "eval_length")  # at step 0 and last
 TIMES = ("rollout_s", "reward_s", "update_s", "eval_s")
 
@@ -132,9 +134,21 @@ def _log_goes_on(row, at):
 
 def _drops_go_on(row, at):
     """Any number of rows a step."""
-    step, count, *rest = (float(row[name]) for name in ("step", *DROPPED[3:]))
-    fine = step == int(step) >= max(at, 0) and count >= 1 and row["rose"] in ("yes", "no")
+    return _several_go_on(row, at, DROPPED[3:]) and row["rose"] in ("yes", "no")
+
+
+def _families_go_on(row, at):
+    return _several_go_on(row, at, FAMILIES[3:]) and row["part"] in ("rollouts", "held-out")
+
+
+def _several_go_on(row, at, columns):
+    step, count, *rest = (float(row[name]) for name in ("step", *columns))
+    fine = step == int(step) >= max(at, 0) and count >= 1
     return fine and all(map(math.isfinite, (count, *rest)))
+
+
+def _rounded(row):
+    return {k: float(f"{x:.6g}") if isinstance(x, float) else x for k, x in row.items()}
 
 
 def _append(path, columns, rows):
@@ -232,6 +246,7 @@ class Run:
         write_file(self.folder / "samples.txt", f"after the cold start\n{samples}")
         write_file(self.folder / "log.csv", ",".join(COLUMNS) + "\n")
         write_file(self.folder / "dropped.csv", ",".join(DROPPED) + "\n")
+        write_file(self.folder / "families.csv", ",".join(FAMILIES) + "\n")
 
     @parallel.by_first
     def describe(self, **facts):
@@ -241,12 +256,13 @@ class Run:
         write_file(file, json.dumps(record | facts, indent=2) + "\n")
 
     @parallel.by_first
-    def log(self, row, drops=(), line=""):
-        """A step's row for log.csv, rows of dropped.csv, and the line that is printed."""
+    def log(self, row, drops=(), families=(), line=""):
+        """A step's row for log.csv, rows of dropped.csv and families.csv, and the line to print."""
         row = row | {"seconds": time.perf_counter() - self.step_start}
-        rounded = {k: float(f"{x:.6g}") if isinstance(x, float) else x for k, x in row.items()}
         _append(self.folder / "dropped.csv", DROPPED, drops)
-        _append(self.folder / "log.csv", COLUMNS, [rounded])
+        step = {"step": row["step"]}
+        _append(self.folder / "families.csv", FAMILIES, [step | _rounded(x) for x in families])
+        _append(self.folder / "log.csv", COLUMNS, [_rounded(row)])
         tqdm.write(f"{line}  {row['seconds']:.1f} s")
         sys.stdout.flush()
 
@@ -291,7 +307,7 @@ def last_saved(folder):
 def reopen(run, optimizer, curriculum, device, last_step):
     """Make a run's folder what it was at its newest checkpoint; load optimizer and curriculum.
 
-    Cuts log.csv and dropped.csv back and removes newer checkpoints. Changes nothing when the
+    Cuts log.csv, dropped.csv and families.csv back and removes newer checkpoints. Changes nothing when the
     checkpoint or any file that the run will need is damaged, or the checkpoint beyond last_step.
     """
     folder, newest = run.folder, checkpoint.checkpoint_dir(run.folder)
@@ -300,6 +316,7 @@ def reopen(run, optimizer, curriculum, device, last_step):
         need = f"give --steps {step} or more"
         raise ValueError(f"{newest} is already past --steps {last_step}; {need}")
     files = {"log.csv": (COLUMNS, _log_goes_on), "dropped.csv": (DROPPED, _drops_go_on)}
+    files["families.csv"] = FAMILIES, _families_go_on
     cut = {name: _until(folder / name, x, step, goes_on) for name, (x, goes_on) in files.items()}
     read_text(folder / "samples.txt")
     parallel.together([])  # all have read
@@ -379,7 +396,8 @@ def finish(run, samples, title, compare):
     after = f"\nafter {run.step} RL steps\n{samples}" + show_drops(folder / "dropped.csv")
     write_file(folder / "samples.txt", before + after)
     others = reference_logs() if compare else []
-    draw_curves(log, folder / "curves.png", title, others)
+    families = list(csv.DictReader(read_text(folder / "families.csv").splitlines()))
+    draw_curves(log, folder / "curves.png", title, others, families)
     record = read_json(folder / "run.json")
     spent = run.seconds
     summary = {"seed": record["flags"]["seed"], "steps": int(log[-1]["step"])}
@@ -432,13 +450,18 @@ def reference(logs):
     return f"reference, {len(logs)} seeds of ours: {', '.join(told)}"
 
 
-def draw_curves(log, path, title, others=()):
+def draw_curves(log, path, title, others=(), families=()):
     """Accuracy, fork rate and response length over RL steps: the report's Figure 4 in miniature.
 
-    others: logs of reference seeds, whose range is drawn as a band.
+    others: logs of reference seeds, whose range is drawn as a band. families: rows of families.csv;
+    where they tell of several, the accuracy of each is drawn, too.
     """
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    plt, own = pyplot(), {}
+    for row in families:
+        if row["part"] == "held-out":
+            own.setdefault(row["family"], []).append((int(row["step"]), float(row["correct"])))
+    n = 3 + (len(own) > 1)
+    figure, axes = plt.subplots(1, n, figsize=(3.7 * n, 3.2), layout="constrained")
     for axis, (held_out, (rollout, label)) in zip(axes, CURVES.items()):
         if others:
             at = [row["step"] for row in others[0] if held_out in row]
@@ -453,6 +476,11 @@ def draw_curves(log, path, title, others=()):
             axis.plot(x, y, style, ms=3, lw=1, label=legend)
         axis.set(xlabel="RL step", ylabel=label)
     axes[0].legend()
+    if len(own) > 1:
+        for family, points in own.items():
+            axes[3].plot(*zip(*points), "o-", ms=3, lw=1, label=family)
+        axes[3].set(xlabel="RL step", ylabel="held-out accuracy of each family")
+        axes[3].legend(fontsize=7)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -35,6 +35,7 @@ import sandbox
 from cli import short
 
 FORK, GUESS, THINK, THINK_END = "~", ".", "<think>", "</think>"
+CALL, CALL_END = "[", "]"
 
 # ============================================================================
 # 1. Problems
@@ -43,7 +44,9 @@ FORK, GUESS, THINK, THINK_END = "~", ".", "<think>", "</think>"
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, the steps that solve it and the answer. Override `check` where answers vary."""
+    """A prompt, the steps that solve it and the answer. Override `check` where answers vary, and
+    `reply` where an environment answers.
+    """
 
     task: str
     prompt: str
@@ -53,6 +56,24 @@ class Problem:
     def check(self, answer):
         """Whether a model's answer is right, True or False. Must accept any string."""
         return answer == self.answer
+
+    def reply(self, text):
+        """What the environment writes after a response so far, which ends in CALL_END; "" or None
+        for nothing. Ends in "=", as prompts do. Must accept any string.
+        """
+
+    call = ""  # what a response may begin with to get a reply
+    needed = False  # whether the problem cannot be solved without
+
+    @property
+    def opening(self):
+        """What a response needs before its thinking: a call with its reply, or nothing."""
+        return self.call + self.reply(self.call) if self.needed else ""
+
+    @property
+    def family(self):
+        """The name under which a run tells how such problems go."""
+        return self.task
 
     @property
     def rules(self):
@@ -178,6 +199,37 @@ def solve_repair(prompt):
     return Repair("repair", prompt, chain, f"+{mend}", code, tests)
 
 
+@dataclass(frozen=True)
+class Lookup(Problem):
+    """A running sum whose digits are shown (+), or lie behind a key (#) that a call looks up."""
+
+    digits: str = ""
+
+    @property
+    def call(self):
+        return CALL + self.prompt[1:-1] + CALL_END
+
+    @property
+    def needed(self):
+        return self.prompt[0] == "#"
+
+    def reply(self, text):
+        asked = text.rpartition(CALL)[2]
+        return f"+{self.digits}=" if asked == self.call[1:] else "?="
+
+    @property
+    def family(self):
+        return self.task if self.needed else f"{self.task}, shown"
+
+
+def tool(rng, n_moves):
+    """The sum mod 5 of digits, behind a key: `#40213=` call [40213] -> +31420=, chain 34320."""
+    shown, digits, key = rng.random() < 0.5, *("".join(rng.choices("01234", k=n_moves)) for _ in "dk")
+    known = solve_mod(f"+{digits}=")
+    prompt = known.prompt if shown else f"#{key}="
+    return Lookup("tool", prompt, known.chain, known.answer, digits)
+
+
 class Task(NamedTuple):
     """How to draw a problem and, where a person's own prompts can be checked, how to solve one."""
 
@@ -190,6 +242,7 @@ TASKS = {
     "walk": Task(walk, solve_walk),
     "cups": Task(cups, solve_cups),
     "repair": Task(repair, solve_repair),
+    "tool": Task(tool),
     "recall": Task(recall),
     "far": Task(far),
 }
@@ -238,35 +291,48 @@ def draw(rng, n, names, n_moves, min_moves=None, held_out=False):
 
 
 def demonstration(problem, rng, fork_prior):
-    """One response to imitate in the cold start: (text, n_unlearned).
+    """One response to imitate in the cold start, as pieces (text, whether it is learned from).
 
-    The first n_unlearned characters carry no loss. Half of the demonstrations are chains whose fork
-    is not learned from: they teach how to work a problem out, not to start doing so. The other half
-    fork with probability fork_prior and guess otherwise: they set how often a model starts. So
-    skill and habit are two knobs.
+    Half of the demonstrations are chains whose fork is not learned from: they teach how to work a
+    problem out, not to start doing so. The other half fork with probability fork_prior and guess
+    otherwise: they set how often a model starts. So skill and habit are two knobs. Where there is
+    something to call, every other one does, needed or not, and without what it needs it guesses.
     """
-    worked = FORK + problem.chain + THINK_END + problem.answer
-    if rng.random() < 0.5:
-        return worked, len(FORK)
-    return (worked if rng.random() < fork_prior else GUESS + THINK_END + problem.answer), 0
+    skilled, pieces = rng.random() < 0.5, []
+    if problem.call and rng.random() < 0.5:
+        call, asked = problem.call[:1], problem.call[1:]
+        pieces = [(call, not skilled), (asked, True), (problem.reply(problem.call), False)]
+    lost, closed = problem.needed and not pieces, THINK_END + problem.answer
+    if not lost and (skilled or rng.random() < fork_prior):
+        return [*pieces, (FORK, not skilled), (problem.chain + closed, True)]
+    return [*pieces, (GUESS + closed, True)]
 
 
 # ============================================================================
 # 3. Rewards
 # ============================================================================
 
-FORMAT_REWARD = 0.1
+FORMAT_REWARD, CALL_COST = 0.1, 0.2
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a response earned: reward = correct + FORMAT_REWARD * well_formed (report sec. 4)."""
+    """What a response earned (report sec. 4): reward = correct + FORMAT_REWARD * well_formed -
+    CALL_COST * calls.
+    """
 
     reward: float
     correct: bool
     well_formed: bool
     forked: bool
     crashed: bool = False  # the verifier did
+    calls: int = 0
+    seconds: float = 0.0  # that judging took
+
+    @property
+    def value(self):
+        """What it earned but for its form: groups that disagree about this teach."""
+        return self.correct - CALL_COST * self.calls
 
 
 CRASHED = Score(0.0, False, False, False, crashed=True)
@@ -283,7 +349,10 @@ def score(problem, text, ended=True):
     correct = well_formed and problem.check(answer)
     if not isinstance(correct, bool):
         raise TypeError(f"check must return True or False, found {short(correct)}")
-    return Score(correct + FORMAT_REWARD * well_formed, correct, well_formed, text.startswith(FORK))
+    calls = text.count(CALL_END) if problem.call else 0
+    forked = (text.rpartition("=")[2] if calls else text).startswith(FORK)
+    reward = correct + FORMAT_REWARD * well_formed - CALL_COST * calls
+    return Score(reward, correct, well_formed, forked, calls=calls)
 
 
 def score_chat(problem, text, ended=True):

@@ -1088,7 +1088,7 @@ def test_verifiers_pay_right_answers_little_for_form_and_nothing_for_nonsense(ta
     nonsense = [f"</think>{right}", f".</think></think>{right}", f"{closed}</think>{right}"]
     for text, reward in [*cases.items(), *((x, 0) for x in [*nonsense, worked, ".</think>", ""])]:
         expected = pytest.approx(reward), reward > 1, reward > 0, text[:1] == "~", False
-        assert dataclasses.astuple(tasks.score(problem, text)) == expected, text
+        assert dataclasses.astuple(tasks.score(problem, text))[:5] == expected, text
         assert tasks.score(problem, text, ended=False).reward == 0
     chats = {f"<think>\n?\n</think>\n\n{right} ": 1.1, f"?</think>{right}": 1.1}
     chats |= {
@@ -1120,7 +1120,8 @@ def test_held_out_problems_are_distinct_one_prompt_in_eight_and_never_trained_on
     training = tasks.draw(random.Random(0), 3000, list(tasks.TASKS), 6)
     prompts = {p.prompt for p in held_out}
     assert len(prompts) == 300 and not prompts & {p.prompt for p in training}
-    assert [sum(p.task == t for p in held_out) for t in tasks.TASKS] == [50] * 6
+    counts = [sum(p.task == t for p in held_out) for t in tasks.TASKS]
+    assert max(counts) - min(counts) <= 1
     assert sum(tasks.is_held_out(f"+{i}=") for i in range(8000)) == pytest.approx(1000, rel=0.1)
 
 
@@ -1431,7 +1432,7 @@ def test_only_informative_groups_are_kept_and_too_few_of_them_ask_for_more_promp
         return experience.collect(model, TOKENIZER, problems, flags, flags.sampling, step=1)
 
     model = small_model()
-    batch, seen = collected(overlong_buffer=2)
+    batch, seen, _ = collected(overlong_buffer=2)
     # penalties: -1 for 4 tokens, -0.5 for the one of 3; they alone make no group informative
     assert batch.rewards.tolist() == [0, -0.5, -1, 0, 0, -1]
     column, (first, *rest) = batch.tokens[:, 1:][batch.trained], ([0, 2, 3, 4, 6], 8, 12, 16, 20)
@@ -1442,10 +1443,10 @@ def test_only_informative_groups_are_kept_and_too_few_of_them_ask_for_more_promp
     expected["perplexity"] = math.exp(float(torch.arange(24.0).view(6, 4)[drawn].mean()) / 100)
     assert {name: seen[name] for name in expected} == pytest.approx(expected)
     assert collected(overlong_buffer=2)[0] is None  # three rounds in which all are wrong
-    batch, seen = collected()
+    batch, seen, _ = collected()
     assert batch is None and (seen["groups"], seen["sampled_groups"]) == (0, 9)
     for masked, lengths in ((False, [3, 2, 3, 3, 3, 3]), (True, [0, 2, 0, 3, 0, 3])):  # truncated
-        batch, seen = collected(mask_truncated=masked)
+        batch, _, _ = collected(mask_truncated=masked)
         assert batch.trained.sum(1).tolist() == lengths and batch.rewards.tolist() == [0, 1] * 3
     assert len(calls) == 11 and len({call.seed for call in calls}) == 3
 
@@ -1526,7 +1527,7 @@ def test_rl_draws_only_from_what_the_filter_found_to_be_solved_sometimes(monkeyp
 def test_evaluation_asks_held_out_problems_and_the_cold_start_hard_chains(monkeypatch):
     calls = answer(monkeypatch, lambda n, G: [i % 4 == 1 and G > 1 for i in range(n * G)])
     flags = settings(eval_problems=90, eval_samples=4, max_moves=8)
-    scores, held_out = experience.evaluate(None, TOKENIZER, flags), flags.held_out
+    (scores, _), held_out = experience.evaluate(None, TOKENIZER, flags), flags.held_out
     assert [p for call in calls for p in call.problems] == held_out * 2 and len({*held_out}) == 90
     assert all(tasks.is_held_out(p.prompt) for p in held_out) and len({c.seed for c in calls}) == 4
     for call in calls:
@@ -1583,7 +1584,8 @@ def rl(out, model, batch, **flags):
     """RL from a model in which every step trains on `batch`: (log, rows of dropped.csv, model)."""
     seen = dict(perplexity=1.0, length_p99=1, correct=0.0, fork_rate=0, length=1, groups=6)
     held_out = ("accuracy", "pass_k", "greedy", "eval_fork_rate", "eval_length")
-    fakes = dict(collect=(batch, seen), evaluate=dict.fromkeys(held_out, 0.0), show_samples="")
+    fakes = dict(collect=(batch, seen, []), show_samples="")
+    fakes["evaluate"] = dict.fromkeys(held_out, 0.0), []
     save_pretrained(model, out / "model")
     with pytest.MonkeyPatch.context() as patch:
         for name, result in fakes.items():

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import random
 import time
@@ -189,7 +190,7 @@ class Flags:
         mix = dataclasses.replace(self.mix, moves=moves or self.mix.moves)
         hardest = tasks.draw(random.Random(0), len(mix.names), mix.names, mix.moves)
         shown = [*hardest, *_held_out(mix, self.eval_problems)]
-        right = max(len((p.chain + p.answer).encode()) for p in shown)
+        right = max(len((p.opening + p.chain + p.answer).encode()) for p in shown)
         return right + 3 + 6  # fork, </think>, end; and room for detours
 
     def limits(self, moves=None):
@@ -212,10 +213,14 @@ def demonstrations(flags, rng, tokenizer, n, device):
     """A Batch of n demonstrations. A fork that is not learned from stays visible as input."""
     least, most = flags.mix.moves, flags.growth.max_moves
     problems = flags.mix.draw(rng, n, rng.randint(least, most) if most else least)
-    texts = [tasks.demonstration(p, rng, flags.cold.fork_prior) for p in problems]
     prompts = [tokenizer.encode(p.prompt) for p in problems]
-    responses = [[*tokenizer.encode(text, specials=True), tokenizer.eos_id] for text, _ in texts]
-    learned = [[i >= skip for i in range(len(r))] for r, (_, skip) in zip(responses, texts)]
+    responses, learned = [], []
+    for problem in problems:
+        pieces = tasks.demonstration(problem, rng, flags.cold.fork_prior)
+        ids = [tokenizer.encode(text, specials=True) for text, _ in pieces]
+        marks = [[own] * len(i) for i, (_, own) in zip(ids, pieces)]
+        responses.append([*itertools.chain(*ids), tokenizer.eos_id])
+        learned.append([*itertools.chain(*marks), True])
     return make_batch(prompts, responses, learned, device)
 
 
@@ -279,7 +284,8 @@ def chain_skill(model, tokenizer, flags, n=96):
     """Share of the hardest training problems solved when the fork is set, all else greedy."""
     moves = flags.growth.max_moves or flags.mix.moves
     problems = tasks.draw(random.Random("skill"), n, flags.mix.names, moves)
-    forced = [dataclasses.replace(p, prompt=p.prompt + tasks.FORK) for p in problems]
+    begun = (p.prompt + p.opening + tasks.FORK for p in problems)
+    forced = [dataclasses.replace(p, prompt=prompt) for p, prompt in zip(problems, begun)]
     how = flags.limits(moves) | {"temperature": 0}
     return fmean(s.correct for s in respond(model, tokenizer, forced, 0, **how)[1])
 
@@ -302,13 +308,14 @@ def train(flags):
         if run.step < 0:
             before_rl(run, model, tokenizer, flags, curriculum)
         for step in run.steps(flags.steps):  # step 0 is only evaluated
-            row, drops, batch = {"step": step}, [], None
+            row, families, drops, batch = {"step": step}, [], [], None
             if step > 0:  # experience: G answers to each problem; groups that disagree are kept
-                problems = curriculum.problems(substream(flags.seed, "problems", step))
+                seed = substream(flags.seed, "problems", step)
+                problems = curriculum.problems(seed, step / flags.steps)
                 longest = curriculum.limit or flags.longest(curriculum.moves)
                 sampling = dataclasses.replace(flags.sampling, max_new_tokens=longest)
                 row |= {"window": longest, "moves": curriculum.moves}
-                batch, seen = collect(model, tokenizer, problems, flags, sampling, step)
+                batch, seen, families = collect(model, tokenizer, problems, flags, sampling, step)
                 row |= seen | {"lr": top_lr * min(step / WARMUP, 1)}
                 curriculum.observe(seen)
             if batch is not None:
@@ -334,9 +341,10 @@ def train(flags):
                 learnt, drops = measure(slices, old, watched, recipe, longest)
                 row |= learnt | {"update_s": time.perf_counter() - started}
             if step % flags.eval_every == 0 or step == flags.steps:
-                row |= evaluate(model, tokenizer, flags)
+                scores, by_family = evaluate(model, tokenizer, flags)
+                row, families = row | scores, families + by_family
             drops = runlog.summarize_drops(drops, tokenizer, step)
-            run.log(row, drops, step_line(row, flags, drops))
+            run.log(row, drops, families, step_line(row, flags, drops))
             due = step % flags.checkpoint_every == 0 and run.rested
             if parallel.somewhere(due or step == flags.steps or run.stopping):
                 run.save(model, optimizer, curriculum, step, tokenizer.files)
@@ -586,9 +594,11 @@ def main(argv=None):
     config = model_config(flags, flags.eval)
     device = parallel.start(choose_device(flags, config))
     model = load_model(flags, flags.eval, config, device)
-    scores = evaluate(model, load_tokenizer(flags, flags.eval, config), flags)
+    scores, families = evaluate(model, load_tokenizer(flags, flags.eval, config), flags)
     told = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"{checkpoint.checkpoint_dir(flags.eval)}: {told}")
+    if len(families) > 1:
+        print("  ".join("{family} {correct:.4f}".format(**row) for row in families))
     parallel.finish()
     return scores
 

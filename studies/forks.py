@@ -22,7 +22,7 @@ def watch(algo, folder, settings, quick=False):
     seen, logps, collect, clip = {}, [], train_rl.collect, train_rl.clip
 
     def watched_collect(model, tokenizer, problems, flags, *rest):
-        batch, told = collect(model, tokenizer, problems, flags, *rest)
+        batch, *told = collect(model, tokenizer, problems, flags, *rest)
         if batch is None:
             raise ValueError("no group has right and wrong responses: nothing to watch")
         fork = tokenizer.encode(tasks.FORK)[0]
@@ -33,7 +33,7 @@ def watch(algo, folder, settings, quick=False):
         ends = itertools.accumulate(len(part.tokens) for part in parts)
         turn = 1 + sum(end <= i for end in ends)
         seen.update(model=model, tokenizer=tokenizer, one=batch.part([i]), turn=turn)
-        return batch, told
+        return batch, *told
 
     def look():
         with torch.no_grad():

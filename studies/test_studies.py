@@ -411,7 +411,7 @@ def planted(mistake, right, *args):
         case "temperature in rollouts only", (model, batch, _):
             return right(model, batch)
         case "planted forks carry loss", _:
-            return right(*args)[0], 0
+            return [(text, True) for text, _ in right(*args)]
         case "advantage over the batch", (rewards, _):
             return right(rewards, len(rewards))
         case "token mean over padding", (mask,):
