@@ -263,7 +263,7 @@ def draw(logits, rows, out, ask):
         streak = (rows.streak + 1) * sure
         rows.streak.copy_(streak if ask.call_id is None else streak.where(drawn, rows.streak))
         code.masked_fill_(rows.streak >= ask.repetition_stop, REPETITION)
-    code.masked_fill_(token == ask.eos_id, EOS)
+    code.masked_fill_((token == ask.eos_id) & drawn, EOS)
     out.cause[rows.number] = code.where(alive, out.cause[rows.number])
     rows.token.copy_(token)
     rows.step += alive

@@ -1,10 +1,10 @@
 """A run on disk: its folder, log, checkpoints, resume, samples and curves. It knows no flags, only
 dicts and texts.
 
-A run folder explains itself: run.json (settings, versions), log.csv (a row a step), dropped.csv,
-families.csv, samples.txt, curves.png, summary.json, step-000040/ (published layout plus trainer.pt) and `latest`,
-which names the newest. Every file is written beside its place and moved there, so a reader never
-meets half of one.
+A run folder explains itself: run.json (settings, versions), log.csv (a row a step), families.csv,
+dropped.csv, samples.txt, curves.png, summary.json, step-000040/ (published layout plus trainer.pt)
+and `latest`, which names the newest. Every file is written beside its place and moved there, so a
+reader never meets half of one.
 
     1. Columns            COLUMNS, DROPPED, FAMILIES
     2. Files              new_folder, write_file, read_log
@@ -307,8 +307,8 @@ def last_saved(folder):
 def reopen(run, optimizer, curriculum, device, last_step):
     """Make a run's folder what it was at its newest checkpoint; load optimizer and curriculum.
 
-    Cuts log.csv, dropped.csv and families.csv back and removes newer checkpoints. Changes nothing when the
-    checkpoint or any file that the run will need is damaged, or the checkpoint beyond last_step.
+    Cuts its CSV files back and removes newer checkpoints. Changes nothing when the checkpoint or
+    any file that the run will need is damaged, or the checkpoint beyond last_step.
     """
     folder, newest = run.folder, checkpoint.checkpoint_dir(run.folder)
     step, seconds = checkpoint.load_trainer(newest, optimizer, curriculum, device)

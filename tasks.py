@@ -224,7 +224,10 @@ class Lookup(Problem):
 
 def tool(rng, n_moves):
     """The sum mod 5 of digits, behind a key: `#40213=` call [40213] -> +31420=, chain 34320."""
-    shown, digits, key = rng.random() < 0.5, *("".join(rng.choices("01234", k=n_moves)) for _ in "dk")
+    shown, digits, key = (
+        rng.random() < 0.5,
+        *("".join(rng.choices("01234", k=n_moves)) for _ in "dk"),
+    )
     known = solve_mod(f"+{digits}=")
     prompt = known.prompt if shown else f"#{key}="
     return Lookup("tool", prompt, known.chain, known.answer, digits)

@@ -1320,6 +1320,40 @@ def test_a_used_up_thinking_budget_closes_the_thinking_and_the_token_is_not_trai
     assert torch.equal(own.tokens[0, :3], r.tokens[0, :3]) and own.mask[0].all()  # it closed itself
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_reply_comes_next_is_no_draw_and_holds_up_no_other_row(graphs, rollout, monkeypatch):
+    model, prompts, kw, _ = rollout
+    kw = {**kw, "repetition_stop": 0, "eos_id": -1}
+    plain = engine.generate(model, prompts, **kw)
+    call, calls, said = int(plain.tokens[0, 2]), {}, [7, 8, 9, -1, 10]
+    said[3] = kw["eos_id"] = next(i for i in range(11, 256) if not (plain.tokens == i).any())
+
+    def reply(number, tokens):
+        calls.setdefault(number, []).append(len(tokens))
+        return said
+
+    monkeypatch.setattr(engine, "takes_graphs", lambda *_: graphs)
+    for max_rows in (None, 4):  # others wait for a row
+        calls.clear()
+        r = engine.generate(model, prompts, reply=reply, call_id=call, max_rows=max_rows, **kw)
+        for number, (tokens, mask, logp) in enumerate(zip(r.tokens, r.mask, r.logp)):
+            own = calls.get(number, [])
+            given = {i + k for i in own for k in range(5)} & {*range(24)}
+            n, first = int(r.lengths[number]), own[0] if own else 24
+            assert {i for i in range(n) if not mask[i]} == {i for i in given if i < n}
+            assert [tokens[i] for i in sorted(given)] == (said * len(own))[: len(given)]
+            assert not logp[sorted(given)].any()
+            drawn = [i + 1 for i in range(n - 1) if mask[i] and tokens[i] == call]
+            assert own == drawn and torch.equal(tokens[:first], plain.tokens[number, :first])
+            assert own or torch.equal(tokens[:n], plain.tokens[number, :n])  # others do not notice
+        assert 1 < len(calls) < 12 and r.lengths.max() == 24
+    batch = batch_of(prompts, r)
+    logp, _, _ = experience.trained_logp(model, batch, 0.8)
+    where = torch.cat([m[:n] for m, n in zip(r.mask, r.lengths)])
+    recorded = torch.cat([x[:n] for x, n in zip(r.logp, r.lengths)])
+    assert worst(logp[batch.trained][where].detach(), recorded[where]) < 2e-5
+
+
 def test_a_looping_response_is_stopped(monkeypatch):
     model, calls, real = tiny_model(), [], engine.sample_tokens
     with torch.no_grad():
@@ -1471,6 +1505,83 @@ def test_a_response_earns_if_it_ended_after_the_token_and_a_crash_costs_one_rewa
     assert [score is tasks.CRASHED for score in scores] == [False] * 5 + [True] * 2 + [False] * 3
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all("+2=" in line and "RecursionError" in line for line in lines)
+
+
+def test_what_an_environment_wrote_gives_no_gradient_whatever_it_was(rollout):
+    model, (_, prompts, _, r) = small_model(vocab_size=272), rollout
+    rows = [x[:n].tolist() for x, n in zip(r.tokens, r.lengths.tolist())]
+    drawn = [[i % 3 > 0 for i in range(len(row))] for row in rows]
+    asked, logp = [p for p in prompts for _ in range(4)], [[-1.0] * len(row) for row in rows]
+    batch = experience.make_batch(asked, rows, drawn, "cpu", [0.0, 1.0] * 6, logp)
+
+    class Otherwise:  # as what comes next, not as what was read
+        def __init__(self, where):
+            self.where = where
+
+        def __getitem__(self, at):
+            x = batch.tokens[at]
+            return x if at[1].start is None else (x + 1).where(self.where, x) % 272
+
+    found = []
+    for tokens in (batch.tokens, Otherwise(~batch.trained), Otherwise(batch.trained)):
+        model.zero_grad()
+        own = batch._replace(tokens=tokens)
+        logp, entropy, aux = experience.trained_logp(model, own)
+        weights = cispo.token_weights(own.trained)
+        advantages = cispo.group_advantages(own.rewards, 4)
+        loss, *_ = cispo.policy_loss(logp, own.infer_logp, advantages, weights, cispo.Recipe())
+        (loss + aux.router_loss).backward()
+        seen = [loss.detach(), entropy, *(p.grad for p in model.parameters())]
+        found.append([x.clone() for x in seen])
+    right, untouched, touched = found
+    assert all(map(torch.equal, right, untouched)) and not torch.equal(right[-1], touched[-1])
+
+
+def test_a_tool_answers_calls_of_any_form_a_few_times_and_its_bugs_cost_one_reply(capsys):
+    rng = random.Random(0)
+    hidden, shown = (
+        next(p for p in iter(lambda: tasks.tool(rng, 5), 0) if p.needed == x) for x in (1, 0)
+    )
+    assert hidden.prompt[0] == "#" and hidden.opening == f"[{hidden.prompt[1:-1]}]+{hidden.digits}="
+    assert hidden.chain == tasks.solve_mod(f"+{hidden.digits}=").chain and shown.opening == ""
+    replies = {hidden.call: f"+{hidden.digits}=", f"..[{hidden.call}": f"+{hidden.digits}="}
+    replies |= dict.fromkeys(["[]", "]", "[[0]", "[ 0\n]", f"[{hidden.call[1:-1]} ]", "[\0]"], "?=")
+    assert {text: hidden.reply(text) for text in replies} == replies
+    worked = f"{hidden.opening}~{hidden.chain}</think>{hidden.answer}"
+    scores = [tasks.score(hidden, text) for text in (worked, "[1]?=" + worked, ".</think>9")]
+    assert [s.reward for s in scores] == pytest.approx([0.9, 0.7, 0.1])
+    assert [(s.calls, s.forked, s.value) for s in scores] == [
+        (1, True, 0.8),
+        (2, True, 0.6),
+        (0, False, 0),
+    ]
+    plain = tasks.solve_mod("+31=")
+    reply = experience.environment(TOKENIZER, [hidden, plain, shown], 2)["reply"]
+    call, said = (TOKENIZER.encode(text) for text in (hidden.call, f"+{hidden.digits}="))
+    assert [reply(number, call) for number in range(4)] == [said, said, [], []]
+    assert [len(reply(0, call * n)) for n in (1, 4, 5)] == [7, 7, 0]
+    with mock.patch.object(tasks.Lookup, "reply", lambda *_: "x" * 10**6):
+        assert len(reply(0, call)) == 64
+    with mock.patch.object(tasks.Lookup, "reply", lambda *_: 1 / 0):
+        assert reply(5, call) == []
+    assert capsys.readouterr().out.count("the tool crashed on '+") == 1
+
+
+def test_a_mix_draws_tasks_by_their_weights_which_move_over_the_steps(monkeypatch):
+    even, mix = Mix("mod,walk,cups"), Mix("mod:2, walk:0-1 ,cups:1-0", 3)
+    assert [*even.turns(7, 0.3)] == ["mod", "walk", "cups"] * 2 + ["mod"]
+    shares = {0: (40, 0, 20), 0.5: (40, 10, 10), 1: (40, 20, 0)}
+    curriculum = Curriculum(mix, Growth(filter_problems=30))
+    for progress, expected in shares.items():
+        drawn = [p.task for p in curriculum.problems(0, progress)(60)]
+        assert tuple(map(drawn.count, even.names)) == expected
+    assert [p.task for p in mix.draw(random.Random(0), 6, held_out=True)] == even.names * 2
+    curriculum.kept = 0, [True] * 9 + [False] * 21
+    drawn = [p.task for p in curriculum.problems(0, 1)(3000)]
+    assert drawn.count("cups") == 0 and 900 < drawn.count("walk") < 1100
+    for text in ("mod:", "mod:x", "mod:1-", "mod:-1", "mod:1-2-3", "mod:1..2", "mod:0", "mod:1-0"):
+        with pytest.raises(ValueError, match="--task.*(with a weight such as|all weights are 0)"):
+            Mix(text)
 
 
 def test_windows_open_when_outputs_have_converged_near_the_limit_and_right_ones_grow(monkeypatch):
@@ -2011,7 +2122,8 @@ def finished(folder):
     state = torch.load(last / "trainer.pt", weights_only=True)["optimizer"]["state"]
     moments = {(n, k): x.tolist() for n, kept in state.items() for k, x in kept.items()}
     weights = {f.name: f.read_bytes() for f in last.glob("*.safetensors")}
-    return untimed(folder), (folder / "dropped.csv").read_text(), weights, moments
+    families = [row[:-1] for row in csv.reader(open(folder / "families.csv"))]
+    return untimed(folder), (folder / "dropped.csv").read_text(), families, weights, moments
 
 
 def test_a_run_explains_itself_scores_again_and_starts_others(run, tmp_path, capsys):
@@ -2027,6 +2139,18 @@ def test_a_run_explains_itself_scores_again_and_starts_others(run, tmp_path, cap
     told = (folder / "samples.txt").read_text().partition("PPO's clip would have dropped")[2]
     assert told.count("times") == min(len({(row["token"], row["rose"]) for row in rows}), 8)
     assert all(row["token"] in told for row in rows[:1]) and (rows or "none" in told)
+
+    families, log = (
+        list(csv.DictReader(open(folder / "families.csv"))),
+        runlog.read_log(folder / "log.csv"),
+    )
+    for part, column in (("rollouts", "correct"), ("held-out", "accuracy")):
+        for row in log:
+            own = [x for x in families if x["part"] == part and float(x["step"]) == row["step"]]
+            n = sum(int(x["responses"]) for x in own)
+            if column in row:
+                mean = sum(int(x["responses"]) * float(x["correct"]) for x in own) / n
+                assert mean == pytest.approx(row[column], abs=1e-5)
 
     again = train_rl.main(["--eval", str(folder)])["accuracy"]
     assert again == pytest.approx(summary["accuracy_end"], rel=1e-5)
@@ -3122,6 +3246,10 @@ ends at step 2, before 3 | log.csv | lines[4:] = [""]
 BAD_DROPS = "/1,a/x,a,yes,1,1,1/1,a,yes,many,1,1/0,a,yes,1,1,1/nan,a,yes,1,1,1/1,a,yes,,1,1"
 BAD_DROPS += "/1,a,yes,0,1,1/1,a,maybe,1,1,1/1,a,yes,1,inf,1/1.5,a,yes,1,1,1"
 DAMAGES = [line.split(" | ") for line in DAMAGED.strip().splitlines()]
+rows = "1,rollouts,mod,8,0.5,nan,0,0,9,0/0,held-out,mod,8,1,1,0,0,9,0/1,other,mod,8,1,1,0,0,9,0"
+for row in rows.split("/"):
+    good = "'1,rollouts,mod,8,1,1,0,0,9,0'"
+    DAMAGES.append(("line 3 of", "families.csv", f"lines[1:] = {good}, {row!r}, ''"))
 for row in BAD_DROPS.split("/"):
     DAMAGES.append(("line 3 of", "dropped.csv", f"lines[1:] = '1,a,yes,1,1,1', {row!r}, ''"))
 
