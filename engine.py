@@ -263,7 +263,10 @@ def draw(logits, rows, out, ask):
         streak = (rows.streak + 1) * sure
         rows.streak.copy_(streak if ask.call_id is None else streak.where(drawn, rows.streak))
         code.masked_fill_(rows.streak >= ask.repetition_stop, REPETITION)
-    code.masked_fill_((token == ask.eos_id) & drawn, EOS)
+    ends = (token == ask.eos_id) & drawn
+    if ask.call_id == ask.eos_id:  # answer_calls decides
+        ends &= rows.step + 1 >= ask.max_new_tokens
+    code.masked_fill_(ends, EOS)
     out.cause[rows.number] = code.where(alive, out.cause[rows.number])
     rows.token.copy_(token)
     rows.step += alive
@@ -272,7 +275,8 @@ def draw(logits, rows, out, ask):
 
 def answer_calls(rows, out, ask, reply):
     """Write what reply(response, tokens so far) says behind each call that has just ended. Rows
-    then take it token by token, as they take what they draw, so that no row waits for another.
+    then take it token by token, as they take what they draw, so that no row waits for another. A
+    call that ends a turn and gets no reply ends the response.
     """
     calls = rows.alive & (rows.token == ask.call_id) & (rows.given == 0)
     for i in calls.nonzero()[:, 0].tolist():
@@ -280,6 +284,8 @@ def answer_calls(rows, out, ask, reply):
         ids = reply(number, out.tokens[number, :step].tolist())[: ask.max_new_tokens - step]
         out.tokens[number, step : step + len(ids)] = torch.tensor(ids, dtype=torch.int64)
         rows.given[i] = len(ids)
+        if not ids and ask.call_id == ask.eos_id:
+            rows.alive[i], out.cause[number] = False, EOS
 
 
 def _read_prompts(model, prompts, ask, cache):
@@ -561,7 +567,8 @@ def generate(model, prompts, *, on_tokens=None, reply=None, cache=None, **reques
             answer_calls(steps.rows, steps.out, ask, reply)
 
     out = steps.out
-    out.cause[(out.cause == EOS) & (out.mask.sum(1) < out.lengths)] = BUDGET
+    if ask.think_budget is not None:
+        out.cause[(out.cause == EOS) & (out.mask.sum(1) < out.lengths)] = BUDGET
     ended, done = [ENDED[c] for c in out.cause[:n].tolist()], int(out.lengths[:n].max())
     tokens, logp, mask = (x[:n, :done].clone() for x in (out.tokens, out.logp, out.mask))
     lengths = out.lengths[:n].clone()

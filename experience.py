@@ -28,7 +28,7 @@ import parallel
 import tasks
 from cli import model as m1
 from cli import short, torch
-from tokenizer import chat_pieces
+from tokenizer import END_OF_TURN, HEADERS, chat_pieces, parse_tool_calls
 
 
 def substream(seed, *names):
@@ -227,7 +227,8 @@ def prompt_ids(tokenizer, problem):
     if not tokenizer.has_turns:
         return tokenizer.encode(problem.prompt)
     turns = ("system", problem.rules), ("user", problem.prompt)
-    return tokenizer.encode_chat(chat_pieces([{"role": x, "content": text} for x, text in turns]))
+    turns = [{"role": role, "content": text} for role, text in turns]
+    return tokenizer.encode_chat(chat_pieces(turns, [*map(tasks.described, problem.tools)]))
 
 
 def respond(model, tokenizer, problems, seed, group_size=1, **how):
@@ -249,7 +250,7 @@ def respond(model, tokenizer, problems, seed, group_size=1, **how):
 
 def _respond(model, tokenizer, problems, group_size, how):
     prompts = [prompt_ids(tokenizer, p) for p in problems]
-    if any(p.call for p in problems):
+    if any(p.tools for p in problems):
         how |= environment(tokenizer, problems, group_size)
     rollout = engine.generate(model, prompts, **how, **tokenizer.ids()).to("cpu")
     closed = (rollout.tokens == (tokenizer.think_end_id or -1)).sum(1).tolist()
@@ -260,8 +261,10 @@ def _respond(model, tokenizer, problems, group_size, how):
             ended = ended and text.count(tasks.THINK_END) == closed[i]
         problem, started = problems[i // group_size], time.perf_counter()
         try:
-            score = tasks.score_chat if tokenizer.has_turns else tasks.score
-            found = score(problem, text, ended)
+            if tokenizer.has_turns:
+                found = tasks.score_chat(problem, text, ended, f"{HEADERS['assistant']}\n")
+            else:
+                found = tasks.score(problem, text, ended)
             scores.append(dataclasses.replace(found, seconds=time.perf_counter() - started))
         except (Exception, SystemExit) as error:  # a verifier's bug costs a reward, not the run
             tell_crash("verifier", problem, error, "earns nothing")
@@ -271,21 +274,39 @@ def _respond(model, tokenizer, problems, group_size, how):
 
 def environment(tokenizer, problems, group_size, most=4, longest=64):
     """What answers the calls of these problems' responses, as arguments of engine.generate: up to
-    `most` in each, with up to `longest` tokens.
+    `most` in each, with up to `longest` characters. A chat model calls at the end of a turn.
     """
-    [call_id] = tokenizer.encode(tasks.CALL_END)
+    chat = tokenizer.has_turns
+    end = HEADERS["tool"] if chat else tasks.CALL_END
 
     def reply(number, tokens):
         problem, text = problems[number // group_size], tokenizer.decode(tokens)
-        if not problem.call or text.count(tasks.CALL_END) > most:
+        if not problem.tools or text.count(end) >= most + (not chat):
             return []
         try:
-            return tokenizer.encode(problem.reply(text) or "")[:longest]
+            if not chat:
+                return tokenizer.encode(problem.reply(text)[:longest])
+            turn = tokenizer.decode(tokens[:-1]).rpartition(f"{HEADERS['assistant']}\n")[2]
+            return tool_turn(tokenizer, problem, turn, longest)
         except (Exception, SystemExit) as error:
             tell_crash("tool", problem, error, "answers nothing")
             return []
 
-    return {"call_id": call_id, "reply": reply}
+    return {"call_id": tokenizer.eos_id if chat else tokenizer.encode(end)[0], "reply": reply}
+
+
+def tool_turn(tokenizer, problem, turn, longest):
+    """The tokens between a chat model's turn, if it calls tools, and its next turn; or none."""
+    try:
+        calls = parse_tool_calls(turn)
+        said = [(call["name"], problem.use(**call)) for call in calls]
+    except ValueError as error:
+        said = [("error", str(error))]
+    if not said:
+        return []
+    results = [{"name": name, "text": text[:longest]} for name, text in said]
+    pieces = chat_pieces([{"role": "tool", "content": results}])[1:]
+    return tokenizer.encode(END_OF_TURN[1]) + tokenizer.encode_chat(pieces)
 
 
 def tell_crash(what, problem, error, so):

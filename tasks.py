@@ -24,6 +24,7 @@ The first line of its docstring is what a chat model is told of it.
 import argparse
 import functools
 import hashlib
+import inspect
 import itertools
 import random
 import re
@@ -45,7 +46,7 @@ CALL, CALL_END = "[", "]"
 @dataclass(frozen=True)
 class Problem:
     """A prompt, the steps that solve it and the answer. Override `check` where answers vary, and
-    `reply` where an environment answers.
+    `tools` where a response may call some.
     """
 
     task: str
@@ -57,13 +58,28 @@ class Problem:
         """Whether a model's answer is right, True or False. Must accept any string."""
         return answer == self.answer
 
-    def reply(self, text):
-        """What the environment writes after a response so far, which ends in CALL_END; "" or None
-        for nothing. Ends in "=", as prompts do. Must accept any string.
-        """
-
-    call = ""  # what a response may begin with to get a reply
+    tools = ()  # functions of texts, whose names and docstrings a chat model is told
+    call = ""  # what calls the first one in the way that helps, if there are some: [ARGUMENT]
     needed = False  # whether the problem cannot be solved without
+
+    def use(self, name, arguments):
+        """What a tool says to a call, or what is wrong with the call."""
+        tool = {tool.__name__: tool for tool in self.tools}.get(name)
+        try:
+            inspect.signature(tool).bind(**arguments)
+        except TypeError:
+            known = "; ".join(f"{x.__name__}{inspect.signature(x)}" for x in self.tools)
+            return f"? no call of {known}"
+        return tool(**arguments)
+
+    def reply(self, text):
+        """What the environment writes after a response so far, which ends in a call of the first
+        tool. Ends in "=", as prompts do.
+        """
+        tool, asked = self.tools[0], text.rpartition(CALL)[2][:-1]
+        return (
+            self.use(tool.__name__, dict.fromkeys(inspect.signature(tool).parameters, asked)) + "="
+        )
 
     @property
     def opening(self):
@@ -205,6 +221,14 @@ class Lookup(Problem):
 
     digits: str = ""
 
+    def look(self, key):
+        """The digits behind a key."""
+        return f"+{self.digits}" if key == self.prompt[1:-1] else "?"
+
+    @property
+    def tools(self):
+        return [self.look]
+
     @property
     def call(self):
         return CALL + self.prompt[1:-1] + CALL_END
@@ -212,10 +236,6 @@ class Lookup(Problem):
     @property
     def needed(self):
         return self.prompt[0] == "#"
-
-    def reply(self, text):
-        asked = text.rpartition(CALL)[2]
-        return f"+{self.digits}=" if asked == self.call[1:] else "?="
 
     @property
     def family(self):
@@ -231,6 +251,14 @@ def tool(rng, n_moves):
     known = solve_mod(f"+{digits}=")
     prompt = known.prompt if shown else f"#{key}="
     return Lookup("tool", prompt, known.chain, known.answer, digits)
+
+
+def described(tool):
+    """A tool as M1's chat template lists it."""
+    names = [*inspect.signature(tool).parameters]
+    properties = {name: {"type": "string"} for name in names}
+    parameters = {"type": "object", "properties": properties, "required": names}
+    return {"name": tool.__name__, "description": tool.__doc__, "parameters": parameters}
 
 
 class Task(NamedTuple):
@@ -341,8 +369,9 @@ class Score:
 CRASHED = Score(0.0, False, False, False, crashed=True)
 
 
-def score(problem, text, ended=True):
-    """Score a response text; `ended` says whether the model ended it itself.
+def score(problem, text, ended=True, calls=None):
+    """Score a response text; `ended` says whether the model ended it itself, `calls` how often it
+    called a tool, if the text does not tell.
 
     Well-formed: ended, with exactly one </think>, some thinking before it and an answer after it.
     Only well-formed responses can be correct. The thinking itself is not judged.
@@ -352,20 +381,23 @@ def score(problem, text, ended=True):
     correct = well_formed and problem.check(answer)
     if not isinstance(correct, bool):
         raise TypeError(f"check must return True or False, found {short(correct)}")
-    calls = text.count(CALL_END) if problem.call else 0
+    if calls is None:
+        calls = text.count(CALL_END) if problem.tools else 0
     forked = (text.rpartition("=")[2] if calls else text).startswith(FORK)
     reward = correct + FORMAT_REWARD * well_formed - CALL_COST * calls
     return Score(reward, correct, well_formed, forked, calls=calls)
 
 
-def score_chat(problem, text, ended=True):
+def score_chat(problem, text, ended=True, turn="\0"):
     """score for a chat model, which forks with <think>; that tag and blanks at either end of
-    thinking and answer are no part of them.
+    thinking and answer are no part of them. turn: what begins each of its turns but the first,
+    which come after its calls; the last one counts.
     """
+    *called, text = text.split(turn)
     thinking, tag, answer = text.partition(THINK_END)
     thinking = thinking.strip()
     plain = thinking.removeprefix(THINK).strip() + tag + answer.strip()
-    return replace(score(problem, plain, ended), forked=thinking.startswith(THINK))
+    return replace(score(problem, plain, ended, len(called)), forked=thinking.startswith(THINK))
 
 
 # ============================================================================

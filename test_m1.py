@@ -1507,6 +1507,57 @@ def test_a_response_earns_if_it_ended_after_the_token_and_a_crash_costs_one_rewa
     assert len(lines) == 2 and all("+2=" in line and "RecursionError" in line for line in lines)
 
 
+def test_a_call_that_ends_a_turn_begins_another_if_it_is_answered(rollout):
+    model, prompts, kw, plain = rollout
+    asked = []
+
+    def reply(number, tokens):
+        asked.append((number, len(tokens)))
+        return [9, 104, 8] if len(tokens) < 6 else []
+
+    r = engine.generate(model, prompts, reply=reply, call_id=104, **kw)
+    early = [i for i in range(12) if plain.ended[i] == "eos" and plain.lengths[i] < 6]
+    assert early and {(i, int(plain.lengths[i])) for i in early} <= {*asked}
+    for i, (why, n, was) in enumerate(zip(r.ended, r.lengths.tolist(), plain.lengths.tolist())):
+        assert torch.equal(r.tokens[i, :was], plain.tokens[i, :was])
+        assert (n > was and r.tokens[i, was : was + 3].tolist() == [9, 104, 8]) == (i in early)
+        assert i in early or (n, why) == (was, plain.ended[i])
+        assert (why == "eos") == (r.tokens[i, n - 1] == 104)
+
+
+def test_a_chat_model_is_told_of_tools_and_reads_results_in_m1s_own_turns(chat):
+    t, begin = Tokenizer.of(M1Config(), chat[0]), "<beginning_of_sentence>ai name=assistant\n"
+    problem = tasks.draw(random.Random(0), 2, ["tool"], 3)[1]
+    key, look = problem.prompt[1:-1], tasks.described(problem.tools[0])
+    schema = {"type": "object", "properties": {"key": {"type": "string"}}, "required": ["key"]}
+    assert look == {"name": "look", "description": "The digits behind a key.", "parameters": schema}
+    turns = {"system": problem.rules, "user": problem.prompt}.items()
+    turns = [{"role": role, "content": text} for role, text in turns]
+    assert t.decode(experience.prompt_ids(t, problem)) == chat_prompt(turns, [look])
+    how = experience.environment(t, [problem], 1)
+    assert how["call_id"] == t.eos_id
+
+    def reply(text):
+        return t.decode(how["reply"](0, [*t.encode(text), t.eos_id]))
+
+    bad, found = ("error", "? no call of look(key)"), f"+{problem.digits}"
+    call = '<tool_calls>\n{"name": "%s", "arguments": {"%s": "%s"}}\n</tool_calls>'
+    call = "<think>\n?</think>\n\n" + call
+    for name, word, result in (
+        ("look", "key", found),
+        ("look", "k", bad[1]),
+        ("see", "key", bad[1]),
+    ):
+        said = f"tool name: {name}\ntool result: {result}\n\n<end_of_sentence>\n"
+        turn = f"\n<beginning_of_sentence>tool name=tools\n{said}{begin}"
+        assert reply(call % (name, word, key)) == turn
+    assert "tool name: error" in reply("<tool_calls>{</tool_calls>")
+    assert reply("</think>4") == reply((call % ("look", "key", key) + turn) * 4) == ""
+    text = call % ("look", "key", key) + turn + f"<think>?</think>{problem.answer}"
+    score = tasks.score_chat(problem, text, True, "ai name=assistant\n")
+    assert (score.correct, score.calls, score.forked) == (True, 1, True)
+
+
 def test_what_an_environment_wrote_gives_no_gradient_whatever_it_was(rollout):
     model, (_, prompts, _, r) = small_model(vocab_size=272), rollout
     rows = [x[:n].tolist() for x, n in zip(r.tokens, r.lengths.tolist())]
@@ -1539,9 +1590,8 @@ def test_what_an_environment_wrote_gives_no_gradient_whatever_it_was(rollout):
 
 def test_a_tool_answers_calls_of_any_form_a_few_times_and_its_bugs_cost_one_reply(capsys):
     rng = random.Random(0)
-    hidden, shown = (
-        next(p for p in iter(lambda: tasks.tool(rng, 5), 0) if p.needed == x) for x in (1, 0)
-    )
+    drawn = sorted((tasks.tool(rng, 5) for _ in range(20)), key=lambda p: p.needed)
+    shown, hidden = drawn[0], drawn[-1]
     assert hidden.prompt[0] == "#" and hidden.opening == f"[{hidden.prompt[1:-1]}]+{hidden.digits}="
     assert hidden.chain == tasks.solve_mod(f"+{hidden.digits}=").chain and shown.opening == ""
     replies = {hidden.call: f"+{hidden.digits}=", f"..[{hidden.call}": f"+{hidden.digits}="}
