@@ -17,6 +17,7 @@ import math
 import sys
 import time
 import zlib
+from collections import Counter
 from statistics import fmean
 from typing import NamedTuple
 
@@ -377,6 +378,9 @@ def solvable(model, tokenizer, flags, candidates):
     kept, easy = [0 < n < 9 for n in right], sum(n >= 9 for n in right)
     found = f"{sum(kept)} kept, {right.count(0)} never right, {easy} too easy"
     print(f"filter: {len(kept)} problems, {found}", flush=True)
+    left = Counter(p.family for p, keep in zip(candidates, kept) if keep)
+    if len({p.family for p in candidates}) > 1:
+        print(f"kept: {', '.join(f'{n} {family}' for family, n in sorted(left.items()))}")
     if not any(kept):
         raise ValueError("--filter-problems keeps none; take more of them or another --moves")
     return kept

@@ -1674,7 +1674,9 @@ def test_rl_draws_only_from_what_the_filter_found_to_be_solved_sometimes(monkeyp
     calls = answer(monkeypatch, lambda *_: next(rounds))
     kept = experience.solvable(None, TOKENIZER, flags, candidates)
     assert kept == [0 < i % 11 < 9 for i in range(100)]
-    assert "100 problems, 72 kept, 10 never right, 18 too easy" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "100 problems, 72 kept, 10 never right, 18 too easy" in said
+    assert sum(map(int, re.findall(r"(\d+) (?:cups|mod|walk)", said))) == 72
     assert [p for call in calls for p in call.problems] == candidates
     assert all(call.how == flags.limits() | {"temperature": 0.5} for call in calls)
     curriculum.kept = 7, kept
@@ -2944,6 +2946,14 @@ def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
     before, after = ([run[i]["accuracy"] for run in runs] for i in (0, -1))
     pairs = [f"{min(x):.2f}–{max(x):.2f}" for x in (before, after)]
     said.append(f"accuracy {pairs[0]} to {pairs[1]}")
+    calls = [common.by(committed(f"tool-seed{seed}"), "family", "part") for seed in range(3)]
+    needed, shown = ([run[name, "held-out"] for run in calls] for name in ("tool", "tool, shown"))
+    low, high = (f"{f(run[0]['correct'] for run in needed):.2f}" for f in (min, max))
+    assert all(f"{run[-1]['correct']:.2f}" == "0.98" for run in needed)
+    said.append(f"rose to 0.98 right from {low}–{high}")
+    low, high = (f"{f(run[0]['calls'] for run in shown):.2f}" for f in (min, max))
+    said.append(f"in {low}–{high} of the answers before, in 0.2 % or fewer after")
+    assert max(run[-1]["calls"] for run in shown) < 0.00205
     jobs = common.by(committed("scale"), "job")
     for one, two in (rows for name, rows in jobs.items() if "reward" not in name):
         said += [f"{one['seconds']:.2f}", f"{two['seconds']:.2f}", f"{two['speedup']:.2f}"]
@@ -3424,14 +3434,20 @@ def test_a_run_goes_on_without_what_it_began_from_and_remembers_its_cold_start(r
 # ---- documentation
 
 
-def test_a_task_is_added_in_ten_lines_as_the_readme_says(start, tmp_path, monkeypatch):
-    code = re.search(r"```python\n(def .*?)```", README, re.S).group(1)
-    assert len(code.strip().splitlines()) <= 10
+@pytest.mark.parametrize("begins", ["def turn", "class Box"])
+def test_an_environment_is_added_in_ten_lines_as_the_readme_says(
+    begins, start, tmp_path, monkeypatch
+):
+    code = re.search(rf"```python\n({begins}.*?)```", README, re.S).group(1)
+    assert len([line for line in code.splitlines() if line]) <= 10
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
     exec(compile(code, "README", "exec"), vars(tasks))
     name = list(tasks.TASKS)[-1]
     problem = tasks.draw(random.Random(0), 1, [name], 4)[0]
-    assert tasks.score(problem, f"~{problem.chain}</think>{problem.answer}").correct
+    text = f"{problem.opening}~{problem.chain}</think>{problem.answer}"
+    score = tasks.score(problem, text)
+    assert score.correct and score.calls == (name == "box") and score.forked
+    assert problem.opening in ("", f"[0]{problem.answer}=")
     train(tmp_path / "a", start.replace("--task mod", f"--task {name}") + "--steps 1")
 
 
