@@ -35,6 +35,7 @@ from cli import (
 from cli import model as m1
 from curriculum import Mix
 from engine import generate
+from experience import environment
 from tokenizer import END_OF_TURN, Tokenizer, chat_pieces, parse_tool_calls
 
 # ============================================================================
@@ -244,6 +245,9 @@ def main(argv=None):
     problems = None if chat else run_problems(folder)
 
     def solve(prompt, role, **request):
+        problem = problems and problems.solve(prompt)
+        if problem and problem.tools:
+            request |= environment(tokenizer, [problem], 1)
         return generate(model, [tokenizer.encode(prompt)], **tokenizer.ids(), **request)
 
     answer = chat.reply if chat else solve

@@ -244,12 +244,18 @@ class Lookup(Problem):
 
 def tool(rng, n_moves):
     """The sum mod 5 of digits, behind a key: `#40213=` call [40213] -> +31420=, chain 34320."""
-    shown, digits, key = (
-        rng.random() < 0.5,
-        *("".join(rng.choices("01234", k=n_moves)) for _ in "dk"),
-    )
+    return solve_tool(f"{rng.choice('+#')}{''.join(rng.choices('01234', k=n_moves))}=")
+
+
+def solve_tool(prompt):
+    """The Problem that this prompt poses; None if it is no problem of `tool`."""
+    if not re.fullmatch(r"[+#][0-4]+=", prompt):
+        return None
+    digits = key = prompt[1:-1]
+    if prompt[0] == "#":  # the table that nobody sees
+        drawn = (hashlib.sha256(f"{key} {i}".encode()).digest() for i in range(len(key)))
+        digits = "".join(str(x[0] % 5) for x in drawn)
     known = solve_mod(f"+{digits}=")
-    prompt = known.prompt if shown else f"#{key}="
     return Lookup("tool", prompt, known.chain, known.answer, digits)
 
 
@@ -273,7 +279,7 @@ TASKS = {
     "walk": Task(walk, solve_walk),
     "cups": Task(cups, solve_cups),
     "repair": Task(repair, solve_repair),
-    "tool": Task(tool),
+    "tool": Task(tool, solve_tool),
     "recall": Task(recall),
     "far": Task(far),
 }
