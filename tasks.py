@@ -26,6 +26,7 @@ import functools
 import hashlib
 import inspect
 import itertools
+import math
 import random
 import re
 from collections.abc import Callable
@@ -69,7 +70,7 @@ class Problem:
             inspect.signature(tool).bind(**arguments)
         except TypeError:
             known = "; ".join(f"{x.__name__}{inspect.signature(x)}" for x in self.tools)
-            return f"? no call of {known}"
+            return f"! no call of {known}"
         return tool(**arguments)
 
     def reply(self, text):
@@ -172,13 +173,17 @@ def far(rng, n_moves):
 
 
 @dataclass(frozen=True)
-class Repair(Problem):
-    """A program with a fault, to be mended. What is right is decided by running it on inputs that
-    the prompt does not show, in the sandbox.
+class Program(Problem):
+    """A program to be mended or written. What is right is decided by running it on inputs that the
+    prompt does not show, in the sandbox.
     """
 
     code: str = ""  # with {} where the answer goes
     tests: tuple = ()  # (input, output)
+
+    def __post_init__(self):
+        if why := sandbox.missing():
+            raise ValueError(f"task {self.task} runs programs: {why}")
 
     def check(self, answer):
         return _passes(self.code.replace("{}", answer), self.tests)
@@ -203,8 +208,6 @@ def solve_repair(prompt):
     """The Problem that this prompt poses; None if it is no problem of `repair`."""
     if not re.fullmatch(r"[0-4]<[0-4]:([+-][0-4])+=", prompt):
         return None
-    if why := sandbox.missing():
-        raise ValueError(f"task repair runs programs: {why}")
     *steps, _ = map(int, re.findall(r"[+-]\d", prompt))
     y, x, code = int(prompt[0]), int(prompt[2]), prompt[4:-3]
     values = [total % 5 for total in itertools.accumulate(steps, initial=x)]
@@ -212,18 +215,46 @@ def solve_repair(prompt):
     tests = tuple((z, (z + sum(steps) + mend) % 5) for z in (*range(5), 17, 1001) if z != x)
     chain = "".join(sign + str(value) for sign, value in zip(code[::2], values[1:])) + f">{y}"
     code = f"def solve(x):\n    return (x{code}{{}}) % 5"
-    return Repair("repair", prompt, chain, f"+{mend}", code, tests)
+    return Program("repair", prompt, chain, f"+{mend}", code, tests)
+
+
+def program(rng, n_moves):
+    """f(x) mod 5, a polynomial, by f(0), f(1), ...: `#140=` -> 0,41,133, 1+3*x+3*y, y=x(x-1)/2.
+
+    The chain is a table of differences, from the last value to the first. A row is a value, then
+    each time the number above less the number before. The last row is Newton's form of f; z is
+    y(x-2)/3. Degree 1 takes 1 move, 2 takes 3, 3 takes 6.
+    """
+    values = (rng.randrange(5) for _ in range(2 + (n_moves >= 3) + (n_moves >= 6)))
+    return solve_program(f"#{''.join(map(str, values))}=")
+
+
+def solve_program(prompt):
+    """The Problem that this prompt poses; None if it is no problem of `program`."""
+    if not re.fullmatch(r"#[0-4]{2,4}=", prompt):
+        return None
+    rows = [[]]
+    for value in map(int, reversed(prompt[1:-1])):
+        less = itertools.accumulate([value, *rows[-1]], lambda before, above: (above - before) % 5)
+        rows.append([*less])
+    chain, newton = ",".join("".join(map(str, row)) for row in rows[1:]), rows[-1]
+    answer = "+".join(f"{c}{of}" for c, of in zip(newton, ["", "*x", "*y", "*z"]))
+    hidden = (*range(len(newton), 10), 17, 1001)  # each x mod 5
+    right = (sum(c * math.comb(x, k) for k, c in enumerate(newton)) % 5 for x in hidden)
+    names = "y = x * (x - 1) // 2\n    z = y * (x - 2) // 3"
+    code = f"def solve(x):\n    {names}\n    return ({{}}) % 5"
+    return Program("program", prompt, chain, answer, code, tuple(zip(hidden, right)))
 
 
 @dataclass(frozen=True)
 class Lookup(Problem):
-    """A running sum whose digits are shown (+), or lie behind a key (#) that a call looks up."""
+    """A running sum whose digits are shown (+), or lie behind a key (?) that a call looks up."""
 
     digits: str = ""
 
     def look(self, key):
         """The digits behind a key."""
-        return f"+{self.digits}" if key == self.prompt[1:-1] else "?"
+        return f"+{self.digits}" if key == self.prompt[1:-1] else "!"
 
     @property
     def tools(self):
@@ -235,7 +266,7 @@ class Lookup(Problem):
 
     @property
     def needed(self):
-        return self.prompt[0] == "#"
+        return self.prompt[0] == "?"
 
     @property
     def family(self):
@@ -243,16 +274,16 @@ class Lookup(Problem):
 
 
 def tool(rng, n_moves):
-    """The sum mod 5 of digits, behind a key: `#40213=` call [40213] -> +31420=, chain 34320."""
-    return solve_tool(f"{rng.choice('+#')}{''.join(rng.choices('01234', k=n_moves))}=")
+    """The sum mod 5 of digits, behind a key: `?40213=` call [40213] -> +31420=, chain 34320."""
+    return solve_tool(f"{rng.choice('+?')}{''.join(rng.choices('01234', k=n_moves))}=")
 
 
 def solve_tool(prompt):
     """The Problem that this prompt poses; None if it is no problem of `tool`."""
-    if not re.fullmatch(r"[+#][0-4]+=", prompt):
+    if not re.fullmatch(r"[+?][0-4]+=", prompt):
         return None
     digits = key = prompt[1:-1]
-    if prompt[0] == "#":  # the table that nobody sees
+    if prompt[0] == "?":  # the table that nobody sees
         drawn = (hashlib.sha256(f"{key} {i}".encode()).digest() for i in range(len(key)))
         digits = "".join(str(x[0] % 5) for x in drawn)
     known = solve_mod(f"+{digits}=")
@@ -279,6 +310,7 @@ TASKS = {
     "walk": Task(walk, solve_walk),
     "cups": Task(cups, solve_cups),
     "repair": Task(repair, solve_repair),
+    "program": Task(program, solve_program),
     "tool": Task(tool, solve_tool),
     "recall": Task(recall),
     "far": Task(far),
@@ -414,7 +446,7 @@ def score_chat(problem, text, ended=True, turn="\0"):
 def main(argv=None):
     """Print one problem of each task and what a right, a wrong and a malformed response earn."""
     argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False).parse_args(argv)
-    print(f"{'task':8}{'prompt':18}{'response':28}reward   correct   well-formed   forked")
+    print(f"{'task':8}{'prompt':18}{'response':38}reward  correct  well-formed  forked")
     for name in TASKS:
         problem = draw(random.Random(0), 1, [name], 6)[0]
         wrong = next(guess for guess in "123456789" if not problem.check(guess))
@@ -424,8 +456,8 @@ def main(argv=None):
         for response in (right, GUESS + THINK_END + wrong, worked + problem.answer):
             s = score(problem, response)
             marks = ("yes" if mark else "no" for mark in (s.correct, s.well_formed, s.forked))
-            line = f"{name:8}{prompt:18}{response:28}{s.reward:6.1f}"
-            print(line + "{:>10}{:>14}{:>9}".format(*marks))
+            line = f"{name:8}{prompt:18}{response:38}{s.reward:6.1f}"
+            print(line + "{:>9}{:>13}{:>8}".format(*marks))
     print(
         f"\n{FORK} starts a chain, {GUESS} a guess; without {THINK_END} there is no answer to pay."
     )

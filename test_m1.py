@@ -1116,10 +1116,10 @@ def test_recall_asks_for_what_stands_behind_one_of_its_keys(name, gap):
 
 
 def test_held_out_problems_are_distinct_one_prompt_in_eight_and_never_trained_on():
-    held_out = tasks.draw(random.Random(0), 300, list(tasks.TASKS), 6, held_out=True)
+    held_out = tasks.draw(random.Random(0), 350, list(tasks.TASKS), 6, held_out=True)
     training = tasks.draw(random.Random(0), 3000, list(tasks.TASKS), 6)
     prompts = {p.prompt for p in held_out}
-    assert len(prompts) == 300 and not prompts & {p.prompt for p in training}
+    assert len(prompts) == 350 and not prompts & {p.prompt for p in training}
     counts = [sum(p.task == t for p in held_out) for t in tasks.TASKS]
     assert max(counts) - min(counts) <= 1
     assert sum(tasks.is_held_out(f"+{i}=") for i in range(8000)) == pytest.approx(1000, rel=0.1)
@@ -1540,7 +1540,7 @@ def test_a_chat_model_is_told_of_tools_and_reads_results_in_m1s_own_turns(chat):
     def reply(text):
         return t.decode(how["reply"](0, [*t.encode(text), t.eos_id]))
 
-    bad, found = ("error", "? no call of look(key)"), f"+{problem.digits}"
+    bad, found = ("error", "! no call of look(key)"), f"+{problem.digits}"
     call = '<tool_calls>\n{"name": "%s", "arguments": {"%s": "%s"}}\n</tool_calls>'
     call = "<think>\n?</think>\n\n" + call
     for name, word, result in (
@@ -1592,13 +1592,13 @@ def test_a_tool_answers_calls_of_any_form_a_few_times_and_its_bugs_cost_one_repl
     rng = random.Random(0)
     drawn = sorted((tasks.tool(rng, 5) for _ in range(20)), key=lambda p: p.needed)
     shown, hidden = drawn[0], drawn[-1]
-    assert hidden.prompt[0] == "#" and hidden.opening == f"[{hidden.prompt[1:-1]}]+{hidden.digits}="
+    assert hidden.prompt[0] == "?" and hidden.opening == f"[{hidden.prompt[1:-1]}]+{hidden.digits}="
     assert hidden.chain == tasks.solve_mod(f"+{hidden.digits}=").chain and shown.opening == ""
     replies = {hidden.call: f"+{hidden.digits}=", f"..[{hidden.call}": f"+{hidden.digits}="}
-    replies |= dict.fromkeys(["[]", "]", "[[0]", "[ 0\n]", f"[{hidden.call[1:-1]} ]", "[\0]"], "?=")
+    replies |= dict.fromkeys(["[]", "]", "[[0]", "[ 0\n]", f"[{hidden.call[1:-1]} ]", "[\0]"], "!=")
     assert {text: hidden.reply(text) for text in replies} == replies
     worked = f"{hidden.opening}~{hidden.chain}</think>{hidden.answer}"
-    scores = [tasks.score(hidden, text) for text in (worked, "[1]?=" + worked, ".</think>9")]
+    scores = [tasks.score(hidden, text) for text in (worked, "[1]!=" + worked, ".</think>9")]
     assert [s.reward for s in scores] == pytest.approx([0.9, 0.7, 0.1])
     assert [(s.calls, s.forked, s.value) for s in scores] == [
         (1, True, 0.8),
@@ -2741,19 +2741,39 @@ def test_no_hostile_program_gets_an_answer_out_and_the_next_one_runs_as_if_it_ha
     assert not Path("/x").exists()
 
 
+NO_PROGRAM = ["", "\n", ")#", "/0", "{}", "\ud800", "\0", "+exit()", "+[*iter(int, 1)]"]
+PROGRAMS = {  # prompt, chain, answer; other right answers; wrong ones; what are no prompts
+    "repair": (
+        ("1<2:+2-1+0-2=", "+4-3+3>1", "+3"),
+        ["-2", "+8", " + 3", "*1+3", "-2+0*x"],
+        ["+2", "if x == 2 else 1", "*0+1 if x==2 else 0", "*0+1", "+3.0", "é" * 10**4],
+        ["1<2:=", "1<2:+2-1", "5<2:+2=", "1<2:*2="],
+    ),
+    "program": (
+        ("#140=", "0,41,133", "1+3*x+3*y"),
+        ["1+x*(3+(x-1)*4)", "4*x**2-x+1", "-7*y-2*x + 6+5*z", "[1,4,0,4,1][x%5]"],
+        ["[1,4,0][x] if x<3 else 0", "[1,4,0][x%3]", "1+3*x", "1+3*x+3*y+z", "1+3*x+3.0*y"],
+        ["#1=", "#14031=", "#145=", "140=", "#140"],
+    ),
+}
+
+
 @NEEDS_SANDBOX
-def test_a_repair_is_right_where_hidden_inputs_say_so_however_it_is_written():
-    problem = tasks.solve_repair("1<2:+2-1+0-2=")
-    assert (problem.chain, problem.answer) == ("+4-3+3>1", "+3")
-    assert 2 not in [x for x, _ in problem.tests] and len(problem.tests) == 6
-    right = ["+3", "-2", "+8", " + 3", "*1+3", "-2+0*x"]
-    hacks = ["+2", "", "if x == 2 else 1", "*0+1 if x==2 else 0", "*0+1", ")#", "+3.0", "/0"]
-    hacks += ["+exit()", "+[x for x in iter(int, 1)][0]", "\n", "\ud800", "\0", "{}", "é" * 10**4]
-    assert all(map(problem.check, right)) and not any(map(problem.check, hacks))
-    assert not any(map(tasks.solve_repair, ["1<2:=", "1<2:+2-1", "5<2:+2=", "1<2:*2="]))
+@pytest.mark.parametrize("task", PROGRAMS)
+def test_a_program_is_right_where_hidden_inputs_say_so_however_it_is_written(task):
+    (prompt, chain, answer), right, hacks, foreign = PROGRAMS[task]
+    solve = tasks.TASKS[task].solve
+    problem, shown = solve(prompt), {"repair": [2], "program": [0, 1, 2]}[task]
+    assert (problem.chain, problem.answer) == (chain, answer) and not any(map(solve, foreign))
+    hidden = [x for x, _ in problem.tests]
+    assert len(hidden) > 5 and not {*hidden} & {*shown}
+    assert all(map(problem.check, [answer, *right]))
+    assert not any(map(problem.check, [*hacks, *NO_PROGRAM]))
+    for drawn in (tasks.draw(random.Random(n), 1, [task], n)[0] for n in range(2, 9)):
+        assert drawn.check(drawn.answer) and solve(drawn.prompt) == drawn
     with mock.patch.object(sandbox, "missing", lambda: "bubblewrap is missing"):
-        with pytest.raises(ValueError, match="task repair runs programs: bubblewrap is missing"):
-            tasks.draw(random.Random(0), 1, ["repair"], 4)
+        with pytest.raises(ValueError, match=f"task {task} runs programs: bubblewrap is missing"):
+            tasks.draw(random.Random(0), 1, [task], 4)
 
 
 @NEEDS_SANDBOX
@@ -2942,10 +2962,11 @@ def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
     for rows in (model["decode"], model["prefill"]):
         ends = {"transformers_ms": " |", "ms": " ms", "x": " times"}
         said += [column(rows, name, "{:.2f}", end) for name, end in ends.items()]
-    runs = [runlog.read_log(HERE / f"figures/repair-seed{seed}.csv") for seed in range(3)]
-    before, after = ([run[i]["accuracy"] for run in runs] for i in (0, -1))
-    pairs = [f"{min(x):.2f}–{max(x):.2f}" for x in (before, after)]
-    said.append(f"accuracy {pairs[0]} to {pairs[1]}")
+    for task in ("repair", "program"):
+        runs = [runlog.read_log(HERE / f"figures/{task}-seed{seed}.csv") for seed in range(3)]
+        before, after = ([run[i]["accuracy"] for run in runs] for i in (0, -1))
+        pairs = [f"{min(x):.2f}–{max(x):.2f}" for x in (before, after)]
+        said.append(f"from {pairs[0]} to {pairs[1]} ([CSV](figures/{task}-seed0.csv))")
     calls = [common.by(committed(f"tool-seed{seed}"), "family", "part") for seed in range(3)]
     needed, shown = ([run[name, "held-out"] for run in calls] for name in ("tool", "tool, shown"))
     low, high = (f"{f(run[0]['correct'] for run in needed):.2f}" for f in (min, max))
