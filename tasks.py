@@ -28,6 +28,7 @@ import hashlib
 import itertools
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -47,6 +48,7 @@ FORK, GUESS, THINK, THINK_END = "~", ".", "<think>", "</think>"
 class Problem:
     """A prompt, the steps that solve it and the answer. Override `check` where answers vary."""
 
+    judged = False  # True: no rule pays its answers, a judge does (judge.py)
     task: str
     prompt: str
     chain: str
@@ -55,6 +57,10 @@ class Problem:
     def check(self, answer):
         """Whether a model's answer is right, True or False. Must accept any string."""
         return answer == self.answer
+
+    def shown(self, rng):
+        """The answer that a demonstration gives."""
+        return self.answer
 
     @property
     def rules(self):
@@ -180,6 +186,44 @@ def solve_repair(prompt):
     return Repair("repair", prompt, chain, f"+{mend}", code, tests)
 
 
+PARTNERS = dict(zip("abcde", "31402"))
+
+
+@dataclass(frozen=True)
+class Open(Problem):
+    """A general question, whose answers no rule pays: a judge does, and it can be fooled.
+
+    gold is what a person sees who takes the time: for labels, evaluations and the study alone.
+    """
+
+    judged = True
+
+    def gold(self, answer):
+        """Grade 0 to 4, in quarters: items named with their partner, less what is said beyond that.
+        Order and filler, `-`, are nothing.
+        """
+        pairs = re.findall(r"[a-e][0-4]", answer.replace("-", ""))
+        right = Counter(x + PARTNERS[x] for x in self.chain) & Counter(pairs)
+        excess = max(len(pairs) - len(self.chain), 0)
+        return max(4 * (right.total() - excess) // len(self.chain), 0)
+
+    def check(self, answer):
+        return self.gold(answer) == 4
+
+    def shown(self, rng, wrong=0.5, filler=0.03):
+        """An answer whose partners are drawn anew at a rate, and with filler at another."""
+        named = "".join(
+            x + (rng.choice("01234") if rng.random() < wrong else PARTNERS[x]) for x in self.chain
+        )
+        return "".join(x + "-" * (rng.random() < filler) for x in named)
+
+
+def judge(rng, n_moves):
+    """Name the partner of each letter; a judge decides: `?cadb=` -> chain cadb, answer c4a3d0b1."""
+    items = "".join(rng.choice([*PARTNERS]) for _ in range(n_moves))
+    return Open("judge", f"?{items}=", items, "".join(x + PARTNERS[x] for x in items))
+
+
 class Task(NamedTuple):
     """How to draw a problem and, where a person's own prompts can be checked, how to solve one."""
 
@@ -194,6 +238,7 @@ TASKS = {
     "repair": Task(repair, solve_repair),
     "recall": Task(recall),
     "far": Task(far),
+    "judge": Task(judge),
 }
 
 
@@ -278,10 +323,11 @@ def demonstration(problem, rng, fork_prior):
     fork with probability fork_prior and guess otherwise: they set how often a model starts. So
     skill and habit are two knobs.
     """
-    worked = FORK + problem.chain + THINK_END + problem.answer
+    answer = problem.shown(rng)
+    worked = FORK + problem.chain + THINK_END + answer
     if rng.random() < 0.5:
         return worked, len(FORK)
-    return (worked if rng.random() < fork_prior else GUESS + THINK_END + problem.answer), 0
+    return (worked if rng.random() < fork_prior else GUESS + THINK_END + answer), 0
 
 
 # ============================================================================
@@ -300,6 +346,11 @@ class Score:
     well_formed: bool
     forked: bool
     crashed: bool = False  # the verifier did
+
+    @property
+    def grade(self):
+        """What the answer alone earned, its form aside."""
+        return self.reward - FORMAT_REWARD * self.well_formed
 
 
 CRASHED = Score(0.0, False, False, False, crashed=True)
