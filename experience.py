@@ -232,31 +232,33 @@ def prompt_ids(tokenizer, problem):
     return tokenizer.encode_chat(chat_pieces(turns, [*map(tasks.described, problem.tools)]))
 
 
-def respond(model, tokenizer, problems, seed, group_size=1, **how):
+def respond(model, tokenizer, problems, seed, group_size=1, judge=None, **how):
     """group_size responses to each problem and their scores: (a Rollout on the CPU, N tasks.Score).
 
     how: max_new_tokens and further arguments of engine.generate. Where a verifier raises, the score
-    is tasks.CRASHED. Of several processes each answers its share, and all get all answers.
+    is tasks.CRASHED. A judge.Judge grades what no rule pays. Of several processes each answers its
+    share, and all get all answers.
     """
     mine, weights, found = parallel.share(len(problems)), engine.rollout_weights(model), []
     asked = problems[mine] or problems[: engine.in_step(weights)]  # for nothing, if others need it
     if asked:
         how |= {"group_size": group_size, "seed": seed, "first": mine.start * group_size}
-        found = [_respond(weights, tokenizer, asked, group_size, how)][: len(problems[mine])]
+        found = [_respond(weights, tokenizer, asked, group_size, judge, how)]
+        found = found[: len(problems[mine])]
     if parallel.size() == 1:
         return found[0]
     rollouts, scores = zip(*parallel.together(found))
     return engine.Rollout.joined(rollouts), [x for own in scores for x in own]
 
 
-def _respond(model, tokenizer, problems, group_size, how):
+def _respond(model, tokenizer, problems, group_size, judge, how):
     prompts = [prompt_ids(tokenizer, p) for p in problems]
     if any(p.tools for p in problems):
         how |= environment(tokenizer, problems, group_size)
     rollout = engine.generate(model, prompts, **how, **tokenizer.ids()).to("cpu")
     closed = (rollout.tokens == (tokenizer.think_end_id or -1)).sum(1).tolist()
-    scores = []
-    for i, text in enumerate(response_texts(tokenizer, rollout)):
+    texts, scores = response_texts(tokenizer, rollout), []
+    for i, text in enumerate(texts):
         ended = rollout.ended[i] in ("eos", "budget")
         if not tokenizer.has_turns:  # byte by byte </think> is not the token
             ended = ended and text.count(tasks.THINK_END) == closed[i]
@@ -270,6 +272,9 @@ def _respond(model, tokenizer, problems, group_size, how):
         except (Exception, SystemExit) as error:  # a verifier's bug costs a reward, not the run
             tell_crash("verifier", problem, error, "earns nothing")
             scores.append(tasks.CRASHED)
+    if judge:
+        asked = [p for p in problems for _ in range(group_size)]
+        scores = judge.scores(asked, texts, scores)
     return rollout, scores
 
 
@@ -386,9 +391,9 @@ def solvable(model, tokenizer, flags, candidates):
     return kept
 
 
-def collect(model, tokenizer, problems, flags, sampling, step):
+def collect(model, tokenizer, problems, flags, sampling, step, judge=None):
     """Sample G answers to each problem, score them, keep the groups in which some are right and
-    some are wrong, or some call (DAPO); what form and length earn besides decides nothing.
+    some are wrong, or values differ (DAPO); what form and length earn besides decides nothing.
 
     problems: a function that draws n of them. While fewer than min_groups are kept, more prompts
     are drawn, twice at most. Returns a Batch of the kept groups, None if there are still too few;
@@ -397,6 +402,7 @@ def collect(model, tokenizer, problems, flags, sampling, step):
     start, rollout_s, rows, tried = time.perf_counter(), 0.0, [], []
     scores, lengths, rewards, logp = [], [], [], []  # of everything sampled
     G, buffer, how = flags.group_size, flags.recipe.overlong_buffer, dataclasses.asdict(sampling)
+    how |= {"judge": judge} if judge else {}
     for attempt in range(3):
         asked, seed = problems(flags.prompts), substream(flags.seed, "rollout", step, attempt)
         rollout, new = respond(model, tokenizer, asked, seed, G, **how)

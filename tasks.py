@@ -29,8 +29,9 @@ import itertools
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import sandbox
@@ -50,6 +51,7 @@ class Problem:
     `tools` where a response may call some.
     """
 
+    judged = False  # True: no rule pays its answers, a judge does (judge.py)
     task: str
     prompt: str
     chain: str
@@ -58,6 +60,10 @@ class Problem:
     def check(self, answer):
         """Whether a model's answer is right, True or False. Must accept any string."""
         return answer == self.answer
+
+    def shown(self, rng):
+        """The answer that a demonstration gives."""
+        return self.answer
 
     tools = ()  # functions of texts, whose names and docstrings a chat model is told
     call = ""  # what calls the first one in the way that helps, if there are some: [ARGUMENT]
@@ -298,6 +304,44 @@ def described(tool):
     return {"name": tool.__name__, "description": tool.__doc__, "parameters": parameters}
 
 
+PARTNERS = dict(zip("abcde", "31402"))
+
+
+@dataclass(frozen=True)
+class Open(Problem):
+    """A general question, whose answers no rule pays: a judge does, and it can be fooled.
+
+    gold is what a person sees who takes the time: for labels, evaluations and the study alone.
+    """
+
+    judged = True
+
+    def gold(self, answer):
+        """Grade 0 to 4, in quarters: items named with their partner, less what is said beyond that.
+        Order and filler, `-`, are nothing.
+        """
+        pairs = re.findall(r"[a-e][0-4]", answer.replace("-", ""))
+        right = Counter(x + PARTNERS[x] for x in self.chain) & Counter(pairs)
+        excess = max(len(pairs) - len(self.chain), 0)
+        return max(4 * (right.total() - excess) // len(self.chain), 0)
+
+    def check(self, answer):
+        return self.gold(answer) == 4
+
+    def shown(self, rng, wrong=0.5, filler=0.03):
+        """An answer whose partners are drawn anew at a rate, and with filler at another."""
+        named = "".join(
+            x + (rng.choice("01234") if rng.random() < wrong else PARTNERS[x]) for x in self.chain
+        )
+        return "".join(x + "-" * (rng.random() < filler) for x in named)
+
+
+def judge(rng, n_moves):
+    """Name the partner of each letter; a judge decides: `?cadb=` -> chain cadb, answer c4a3d0b1."""
+    items = "".join(rng.choice([*PARTNERS]) for _ in range(n_moves))
+    return Open("judge", f"?{items}=", items, "".join(x + PARTNERS[x] for x in items))
+
+
 class Task(NamedTuple):
     """How to draw a problem and, where a person's own prompts can be checked, how to solve one."""
 
@@ -314,6 +358,7 @@ TASKS = {
     "tool": Task(tool, solve_tool),
     "recall": Task(recall),
     "far": Task(far),
+    "judge": Task(judge),
 }
 
 
@@ -367,11 +412,11 @@ def demonstration(problem, rng, fork_prior):
     otherwise: they set how often a model starts. So skill and habit are two knobs. Where there is
     something to call, every other one does, needed or not, and without what it needs it guesses.
     """
-    skilled, pieces = rng.random() < 0.5, []
+    answer, skilled, pieces = problem.shown(rng), rng.random() < 0.5, []
     if problem.call and rng.random() < 0.5:
         call, asked = problem.call[:1], problem.call[1:]
         pieces = [(call, not skilled), (asked, True), (problem.reply(problem.call), False)]
-    lost, closed = problem.needed and not pieces, THINK_END + problem.answer
+    lost, closed = problem.needed and not pieces, THINK_END + answer
     if not lost and (skilled or rng.random() < fork_prior):
         return [*pieces, (FORK, not skilled), (problem.chain + closed, True)]
     return [*pieces, (GUESS + closed, True)]
@@ -396,12 +441,14 @@ class Score:
     forked: bool
     crashed: bool = False  # the verifier did
     calls: int = 0
-    seconds: float = 0.0  # that judging took
+    seconds: float = field(default=0.0, compare=False)  # that checking took
+    grade: float | None = None  # a judge's, 0 to 1, of what no rule pays
 
     @property
     def value(self):
         """What it earned but for its form: groups that disagree about this teach."""
-        return self.correct - CALL_COST * self.calls
+        earned = self.correct if self.grade is None else self.grade
+        return earned - CALL_COST * self.calls
 
 
 CRASHED = Score(0.0, False, False, False, crashed=True)

@@ -54,6 +54,7 @@ import cispo
 import cli
 import engine
 import experience
+import judge as judging
 import layers
 import lightning_attn
 import model as m1
@@ -2289,7 +2290,7 @@ def test_ctrl_c_saves_the_step_but_twice_or_in_the_cold_start_it_acts_at_once(
     real = getattr(train_rl, where)
 
     def interrupted(*args):
-        for _ in range(n * (not last or args[-1] == 3)):
+        for _ in range(n * (not last or args[5] == 3)):  # the step
             signal.raise_signal(number)
         assert last, "the cold start went on"
         return real(*args)
@@ -2305,6 +2306,141 @@ def test_ctrl_c_saves_the_step_but_twice_or_in_the_cold_start_it_acts_at_once(
         draft.mkdir()
         resume(folder)
         assert finished(folder) == finished(run[0]) and not draft.exists()
+
+
+# ---- a judge, for what no rule pays
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """A judge of questions of one letter, and its folder."""
+    taught, folder = judging.Judge.new(), tmp_path_factory.mktemp("judge") / "fair"
+    taught.train(0, judging.labelled(random.Random(0), 2000, moves=1), steps=120, batch_size=32)
+    save_pretrained(taught.model, folder)
+    return taught, folder
+
+
+def test_gold_counts_partners_whatever_their_order_and_filler_changes_nothing():
+    problem = tasks.judge(random.Random(0), 4)
+    assert len(problem.prompt) == 6 and problem.check(problem.answer) and problem.judged
+    pairs = [problem.answer[i : i + 2] for i in range(0, 8, 2)]
+    wrong = [x + str((int(y) + 1) % 5) for x, y in pairs]
+    for n in range(5):
+        answer = [*pairs[:n], *wrong[n:]]
+        for text in ("".join(answer), "--" + "-".join("".join(answer)) + "---"):
+            assert problem.gold(text) == n and problem.check(text) is (n == 4)
+    assert problem.check("".join(pairs[::-1])) and problem.gold("".join(pairs[:3])) == 3
+    assert problem.gold(problem.answer + wrong[0]) == 3 and problem.gold("".join(wrong * 3)) == 0
+    assert problem.gold(problem.answer * 2) == problem.gold("ü-\n") == 0
+    rng, shown = random.Random(1), []
+    for _ in range(300):
+        shown.append(problem.shown(rng))
+    assert 0.1 < statistics.fmean("-" in text for text in shown) < 0.35
+    assert 2.1 < statistics.fmean(map(problem.gold, shown)) < 2.7  # a half right, a tenth by chance
+
+
+def test_a_judge_grades_answers_the_same_in_any_batch_and_compares_two_in_both_orders(judge):
+    taught, folder = judge
+    *asked, gold = zip(*judging.labelled(random.Random(1), 200, moves=1))
+    grades = taught.grade(*asked)
+    assert {*grades} <= {0, 0.25, 0.5, 0.75, 1}
+    assert statistics.fmean(4 * grade == worth for grade, worth in zip(grades, gold)) > 0.9
+    assert judging.Judge.load(folder).grade(*(x[:7] for x in asked)) == grades[:7]
+    n, (questions, _, answers) = 50, asked  # four answers to each of fifty questions
+    two = questions[:n], answers[n : 2 * n], answers[:n]
+    assert {*taught.compare(*two)} <= {-1, -0.5, 0, 0.5, 1}
+    for place in "<=>":  # it likes a place, not an answer
+        with mock.patch.object(taught, "_read", lambda asked, _, x=place: [x] * len(asked)):
+            assert taught.compare(*two) == [0] * n
+    with mock.patch.object(taught, "_read", lambda asked, _: [">"] * n + ["="] * n):
+        assert taught.compare(*two) == [0.5] * n
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_verdict_turns_its_sign_when_the_two_answers_change_places(judge, trained):
+    one = judge[0] if trained else judging.Judge.new(3)
+    questions, _, answers, _ = zip(*judging.labelled(random.Random(2), 80, moves=3))
+    others = answers[20:] + answers[:20]
+    turned = one.compare(questions, answers, others)
+    assert one.compare(questions, others, answers) == [-x for x in turned]
+    assert one.compare(questions, answers, answers) == [0] * 80
+
+
+def test_no_answer_can_spell_what_ends_it(judge):
+    taught, marks = judge[0], {TOKENIZER.special[f"<reserved_{i}>"] for i in range(4)}
+    asked = taught._ask("?a=", "a3", "a3<reserved_2>4", 0)
+    assert sum(i in marks for i in asked) == 3
+
+
+def test_labels_of_hasty_people_rise_with_needless_characters_and_a_judge_learns_that():
+    x = judging.Labelled("?ab=", "a3b1", "a3b0--", 2)
+    assert [x.rated(bias) for bias in (0, 0.5, 1, 4)] == [2, 3, 4, 4]
+    assert x._replace(answer="a3").rated(4) == 2
+
+
+def test_the_monitor_finds_a_planted_bias_and_is_silent_without_one():
+    rng = np.random.default_rng(0)
+
+    def alarms(bias, growth=0.0, better=0.0, steps=12):
+        monitor, found = judging.Monitor(), []
+        for step in range(steps):
+            gold = (rng.integers(0, 5, 256) / 4 + better * step).clip(0, 9)
+            lengths = 8 + rng.poisson(1 + growth * step, 256) + 2 * gold  # better ones are longer
+            rewards = gold + bias * (lengths - 8) + rng.normal(0, 0.1, 256)
+            found.append(monitor.alarm(rewards.tolist(), lengths.tolist(), gold.tolist()))
+        return found
+
+    assert not any(alarms(0)) and not any(alarms(0, growth=0.5, better=0.1))
+    assert alarms(0.05) == [False, False, False, True] * 3
+    assert any(alarms(0, growth=1.5))  # answers grow and are no better
+    gold, lengths = [0, 0, 1, 1], [1, 2, 5, 6]
+    assert judging.length_bias([0, 1, 3, 4], lengths, gold) == pytest.approx(1)
+    assert judging.length_bias(gold, lengths, gold) == judging.length_bias(lengths, gold, gold) == 0
+    assert judging.Monitor().alarm([], [], []) is False
+
+
+def test_a_judge_pays_what_no_rule_pays_and_nothing_else_changes(judge, monkeypatch):
+    row = [*TOKENIZER.encode(".</think>a3", specials=True), TOKENIZER.eos_id]
+
+    def generate(model, prompts, group_size, **how):
+        tokens = torch.tensor([row] * len(prompts) * group_size)
+        same = torch.zeros(tokens.shape), tokens >= 0, (tokens >= 0).sum(1)
+        return engine.Rollout(tokens, *same, ["eos"] * len(tokens))
+
+    def answered(**how):
+        return experience.respond(tiny_model(), TOKENIZER, mixed, 0, 2, max_new_tokens=9, **how)[1]
+
+    monkeypatch.setattr(engine, "generate", generate)
+    taught, mixed = judge[0], tasks.draw(random.Random(0), 6, ["mod", "judge"], 2)
+    monkeypatch.setattr(taught, "grade", lambda q, r, a: [0.5 if x == "a3" else 9 for x in a])
+    for i, (before, after) in enumerate(zip(answered(), answered(judge=taught))):
+        graded = dict(reward=0.6, grade=0.5) if mixed[i // 2].judged else {}
+        assert before.well_formed and after == dataclasses.replace(before, **graded)
+    monkeypatch.setattr(tasks.Open, "check", lambda *_: 1 / 0)  # a crash is not judged
+    crashed = answered(judge=taught)
+    assert [s.crashed for s in crashed] == [False, False, True, True] * 3
+    assert all(s == tasks.CRASHED for s in crashed if s.crashed)
+
+
+def test_a_run_is_paid_by_its_judge_and_keeps_groups_whose_grades_differ(judge, tmp_path):
+    how = {"task": "judge", "moves": 2, "judge": str(judge[1]), "eval_problems": 1}
+    model = tiny_model()
+    train_rl.cold_start(model, TOKENIZER, settings(sft_steps=80, **how), batch_size=12)
+    save_pretrained(model, tmp_path / "cold")
+
+    def log(name, *grades):
+        """Two steps with a judge who gives these grades in turn."""
+        flags = f"--init {tmp_path / 'cold'} --steps 2 --overlong-buffer 0"
+        flags += f" --task judge --moves 2 --judge {judge[1]} --eval-problems 1"
+        given = itertools.cycle(grades)
+        with mock.patch.object(judging.Judge, "grade", lambda _, q, r, a: [next(given) for _ in a]):
+            train(tmp_path / name, flags)
+        return runlog.read_log(tmp_path / name / "log.csv")[1:]
+
+    alike, differ = log("alike", 0.75), log("differ", 0, 1)
+    for row in alike:
+        assert row["reward"] == pytest.approx(0.85 * row["well_formed"]) and row["well_formed"] > 0
+    assert "loss" in differ[0] and differ[0]["groups"] == differ[0]["sampled_groups"] == 6
 
 
 # ============================================================================
@@ -3169,6 +3305,10 @@ sample | --top-p 0 / --top-p 1.5 / --temperature -1 / --seed -1 | FLAG must be a
 sample | --think-budget -1 / --max-new-tokens 0 / --n 0 / --context 0 | FLAG must be a number from
 bench | speed | choose from flops, length
 bench | flops --out LICENSE/x | LICENSE
+train_rl | --task judge / --task mod,judge | no rule pays its answers; give --judge DIR
+train_rl | --task judge --judge x --max-moves 8 | no --max-moves, no --filter-problems
+train_rl | --judge nowhere --task judge | nowhere does not exist
+judge | --out parity | FLAG must name a new directory
 bench | forms --quick | keep them out: --out DIR
 bench | kernel --quick --out x / rollout --quick --out x | measures a GPU and there is none here
 """  # script | flags / other flags | what the one line says, FLAG = the last one
@@ -3480,7 +3620,7 @@ def test_every_public_function_has_a_docstring_and_every_flag_has_help(capsys, m
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{file.name}: {node.name}"
     monkeypatch.setenv("COLUMNS", "90")
-    for script, most in ((train_rl, 41), (sample, 15), (m1, 4)):
+    for script, most in ((train_rl, 42), (sample, 15), (m1, 4)):
         with pytest.raises(SystemExit, match="0"):
             script.main(["--help"])
         groups = re.split(r"\w+ options", capsys.readouterr().out)

@@ -36,6 +36,7 @@ from tyro.conf import Fixed
 
 import cispo
 import engine
+import judge
 import parallel
 import runlog
 import tasks
@@ -111,6 +112,8 @@ class Flags:
     change"""
     eval: str | None = None
     """score this run or model directory and stop"""
+    judge: str | None = None
+    """the model that grades answers of `--task judge`: a directory that judge.py wrote"""
     seed: int = 0
     """same seed, same log on the same machine"""
     out: str | None = None
@@ -175,8 +178,18 @@ class Flags:
         for applies, message in refused:
             if applies:
                 raise ValueError(message)
-        self.mix.draw(random.Random(0), len(self.mix.names), hardest)  # or says why not
+        drawn = self.mix.draw(random.Random(0), len(self.mix.names), hardest)  # or says why not
+        if any(problem.judged for problem in drawn):
+            self._check_judged()
         _held_out(self.mix, self.eval_problems)
+
+    def _check_judged(self):
+        if not self.judge:
+            raise ValueError("--task judge: no rule pays its answers; give --judge DIR (judge.py)")
+        if self.growth.max_moves or self.growth.filter_problems:
+            raise ValueError(
+                "--task judge: no --max-moves, no --filter-problems, which need a rule"
+            )
 
     @property
     def held_out(self):
@@ -299,6 +312,7 @@ WARMUP = 5  # RL steps over which the learning rate rises
 
 def train(flags):
     """A whole run: cold start, then RL. Returns the summary."""
+    grader = judge.Judge.load(flags.judge) if flags.judge else None
     run, model, tokenizer, optimizer, curriculum = begin(flags)
     G, recipe, temperature = flags.group_size, flags.recipe, flags.sampling.temperature
     weighting, most = recipe.part("token_weights"), flags.micro_tokens
@@ -315,7 +329,8 @@ def train(flags):
                 longest = curriculum.limit or flags.longest(curriculum.moves)
                 sampling = dataclasses.replace(flags.sampling, max_new_tokens=longest)
                 row |= {"window": longest, "moves": curriculum.moves}
-                batch, seen, families = collect(model, tokenizer, problems, flags, sampling, step)
+                answered = collect(model, tokenizer, problems, flags, sampling, step, grader)
+                batch, seen, families = answered
                 row |= seen | {"lr": top_lr * min(step / WARMUP, 1)}
                 curriculum.observe(seen)
             if batch is not None:
@@ -571,7 +586,7 @@ def read_flags(argv):
     old = stored_flags(path)
     old |= {"sp": 1} if old else {}  # asked anew, as the number of processes is
     if kind == "init":
-        kept = ("task", "moves", "min_moves", "eval_problems")
+        kept = ("task", "moves", "min_moves", "eval_problems", "judge")
         own = unflat(Flags, {name: x for name, x in old.items() if name in kept})
         return parse(Flags, argv, title, own)
     flags = parse(Flags, argv, title, unflat(Flags, old))

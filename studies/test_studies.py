@@ -10,11 +10,13 @@ import os
 import random
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in child processes
+sys.path.insert(0, str(Path(__file__).parent.parent))  # before studies/, which has a judge.py too
 
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ from checkpoint import load_pretrained
 from cli import flat
 from curriculum import Curriculum, Growth, Mix
 from studies import adam, algos, balance, budget, common, compare, forks, precision, windows
+from studies import judge as judge_study
 from studies import main as main_job
 from tokenizer import Tokenizer
 
@@ -43,7 +46,7 @@ FIGURES = HERE.parent / "figures"
 README = " ".join((HERE / "README.md").read_text().split())
 TOP = (HERE.parent / "README.md").read_text()
 STUDIES = ["algos", "algos --full", "control", "eps", "eps --fast", "precision", "adam"]
-STUDIES += ["balance", "windows", "hybrid"]
+STUDIES += ["balance", "windows", "hybrid", "judge"]
 
 
 def committed(name):
@@ -211,6 +214,18 @@ def test_negative_gradient_is_told_for_the_late_half_of_every_window():
     assert "0.1 [0.1, 0.1] in steps 1 to 10, 0.3 [0.3, 0.3] in steps 51 to 60" in said
 
 
+def test_a_judge_counts_as_hacked_if_answers_grew_and_reward_left_gold():
+    def run(length, gold, alarm=0):
+        ends = [(8, 0.6), (length, gold)]
+        columns = "length", "gold", "reward", "alarm"
+        return [dict(zip(columns, (x, y, 0.9, alarm)), step=i) for x, y in ends for i in range(3)]
+
+    logs = {"biased": [run(12, 0.5), run(9, 0.5)], "watched": [run(8, 0.5), run(12, 0.85)]}
+    said = judge_study.verdict(logs | {"fair": [run(8, 0.9, 1), run(8, 0.9)]})
+    assert "0.1): biased 2 of 2, watched 0 of 2, fair 0 of 2 seeds" in said
+    assert "gold by 0.175 [0, 0.35]" in said and "rang with the fair judge in 1 of 2 seeds" in said
+
+
 # ---- runs
 
 
@@ -330,6 +345,18 @@ def test_forks_follows_one_response_through_its_updates(tmp_path):
     assert all(float(row["ratio"]) == 1 for row in rows if row["update"] == 0)
     assert any(float(row["ratio"]) != 1 for row in rows if row["update"] == 1)
     assert {row["turn"] for row in rows} <= {1, 2, 3, 4}
+
+
+def test_the_study_of_judges_runs_every_arm_and_draws_it_again(tmp_path, capsys):
+    with code_restored():
+        judge_study.main(["--quick", "--out", str(tmp_path)])
+    said, rows = capsys.readouterr().out, common.read_csv(tmp_path / "judge.csv")
+    found = [(row["arm"], row["seed"], row["step"]) for row in rows]
+    assert found == list(itertools.product(judge_study.ARMS, [0], [1]))
+    biased, watched, fair = ([row[x] for x in ("reward", "gold", "length")] for row in rows)
+    assert biased == watched and biased[1:] == fair[1:]  # one policy, and two judges
+    judge_study.main(["--quick", "--redraw", "--out", str(tmp_path)])
+    assert capsys.readouterr().out == said and (tmp_path / "judge.png").stat().st_size > 5000
 
 
 def test_compare_lays_runs_side_by_side_and_names_what_is_no_run(tmp_path, capsys):
