@@ -36,7 +36,7 @@ import train_rl
 from checkpoint import load_pretrained
 from cli import flat
 from curriculum import Curriculum, Growth, Mix
-from studies import adam, algos, balance, budget, common, compare, forks, precision, windows
+from studies import adam, algos, balance, budget, common, compare, forks, precision, recall, windows
 from studies import judge as judge_study
 from studies import main as main_job
 from tokenizer import Tokenizer
@@ -64,6 +64,21 @@ def told(study):
         main(["--redraw", "--out", out, *more])
         assert all(file.stat().st_size > 5000 for file in Path(out).glob("*.png"))
     return said.getvalue()
+
+
+def test_recall_asks_for_every_digit_once_as_it_stands_in_the_text(tmp_path, capsys):
+    for row, wanted in zip(*recall.texts(20, 120, "cpu")):
+        text, asked = bytes(row.tolist()).decode(), "".join(map(chr, row[wanted].tolist()))
+        story, questions = text[:72], re.findall("([!?])([A-H])(\\d)", text[72:])
+        seen = {name: re.findall(rf"{name}(\d)", story) for name in "ABCDEFGH"}
+        assert len({(kind, name) for kind, name, _ in questions}) == 16
+        assert [seen[name]["!?".index(kind)] for kind, name, _ in questions] == list(asked)
+    recall.main(f"--quick --device cpu --out {tmp_path}".split())
+    rows = common.read_csv(tmp_path / "recall.csv")
+    assert {row["softmax_every"] for row in rows} == {0, 1, 8} and (
+        tmp_path / "recall.png"
+    ).exists()
+    assert "7 : 1 (M1)" in capsys.readouterr().out
 
 
 # ---- what is written is what the committed CSVs say
