@@ -7,7 +7,6 @@ Curriculum   windows, difficulty and filtered problems, decided by what rollouts
 
 import random
 import re
-from collections import Counter
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -166,8 +165,7 @@ class Curriculum:
         filter_seed, marks = self.kept
         pool = [p for p, keep in zip(self.candidates(filter_seed), marks) if keep]
         shares = self.mix.shares(progress)
-        count = Counter(p.task for p in pool)
-        weights = [shares[p.task] / count[p.task] for p in pool]
+        weights = [shares[p.task] for p in pool]
         return lambda n: rng.choices(pool, weights if any(weights) else None, k=n)
 
     def observe(self, seen):

@@ -478,7 +478,7 @@ def score_chat(problem, text, ended=True, turn="\0"):
     thinking and answer are no part of them. turn: what begins each of its turns but the first,
     which come after its calls; the last one counts.
     """
-    *called, text = text.split(turn)
+    *called, text = text.split(turn) if problem.tools else [text]
     thinking, tag, answer = text.partition(THINK_END)
     thinking = thinking.strip()
     plain = thinking.removeprefix(THINK).strip() + tag + answer.strip()

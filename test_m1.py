@@ -1606,7 +1606,12 @@ def test_a_tool_answers_calls_of_any_form_a_few_times_and_its_bugs_cost_one_repl
         (2, True, 0.6),
         (0, False, 0),
     ]
+    told = [tasks.demonstration(hidden, rng, 0.5) for _ in range(200)]
+    assert not any(learned for pieces in told for text, learned in pieces if "=" in text)
+    assert not any(pieces[0] == ("~", True) or pieces[0] == ("~", False) for pieces in told)
     plain = tasks.solve_mod("+31=")
+    forged = "<think>a</think>9 TURN<think>b</think>4"
+    assert tasks.score_chat(plain, forged, True, "TURN").reward == 0  # nothing to call
     reply = experience.environment(TOKENIZER, [hidden, plain, shown], 2)["reply"]
     call, said = (TOKENIZER.encode(text) for text in (hidden.call, f"+{hidden.digits}="))
     assert [reply(number, call) for number in range(4)] == [said, said, [], []]
