@@ -517,10 +517,9 @@ def generate(model, prompts, *, on_tokens=None, reply=None, cache=None, **reques
     round differently with the size of a batch. on_tokens(responses, tokens) is called after each
     step with the numbers and tokens of those that drew one. reply(response, tokens so far) is asked
     when one has drawn call_id; the tokens that it returns come next, see answer_calls. cache: that
-    of one conversation so far.
-    The one prompt is what comes next, and the cache then holds it and the response but for the
-    response's last token, which no step has read. On a GPU steps are replayed from CUDA graphs (see
-    Graphs), unless on_tokens or cache is given.
+    of one conversation so far. The one prompt is what comes next, and the cache then holds it and
+    the response but for the response's last token, which no step has read. On a GPU steps are
+    replayed from CUDA graphs (see Graphs), unless on_tokens or cache is given.
     """
     ask, start, model = Request(**request), time.perf_counter(), rollout_weights(model)
     ask.check(model, prompts, cache)

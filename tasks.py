@@ -71,7 +71,7 @@ class Problem:
 
     def use(self, name, arguments):
         """What a tool says to a call, or what is wrong with the call."""
-        tool = {tool.__name__: tool for tool in self.tools}.get(name)
+        tool = {x.__name__: x for x in self.tools}.get(name)
         try:
             inspect.signature(tool).bind(**arguments)
         except TypeError:
@@ -280,7 +280,7 @@ class Lookup(Problem):
 
 
 def tool(rng, n_moves):
-    """The sum mod 5 of digits, behind a key: `?40213=` call [40213] -> +31420=, chain 34320."""
+    """The sum mod 5 of digits, behind a key: `?40213=` call [40213] -> +33310=, chain 31400."""
     return solve_tool(f"{rng.choice('+?')}{''.join(rng.choices('01234', k=n_moves))}=")
 
 
@@ -410,7 +410,7 @@ def demonstration(problem, rng, fork_prior):
     Half of the demonstrations are chains whose fork is not learned from: they teach how to work a
     problem out, not to start doing so. The other half fork with probability fork_prior and guess
     otherwise: they set how often a model starts. So skill and habit are two knobs. Where there is
-    something to call, every other one does, needed or not, and without what it needs it guesses.
+    something to call, every other one does, needed or not; one that needs it and does not guesses.
     """
     answer, skilled, pieces = problem.shown(rng), rng.random() < 0.5, []
     if problem.call and rng.random() < 0.5:
