@@ -57,7 +57,7 @@ def measure(config, n_tokens, recompute, device):
         bench_gpu.free()
     with torch.device(device):
         torch.manual_seed(parallel.rank())
-        model = parallel.shard(m1.MiniMaxM1(config), device)
+        model = parallel.shard(m1.MiniMaxM1(config), device, apart=True)
         tokens = torch.randint(0, config.vocab_size, (8, n_tokens // 8 + 1))
     model.compute, model.recompute = torch.bfloat16 if cuda else None, bool(recompute)
     optimizer, real = train_rl.make_optimizer(model, 1e-6), torch.ones_like(tokens).bool()

@@ -2,8 +2,9 @@
 
     python bench.py scale    starts everything with 1, 2, 4 ... of this machine's GPUs
 
-A step of RL is one of train_rl.py's own, read from its log: prompts, rows and experts are divided.
-A sequence is divided among all processes (--sp): forward and backward, layers computed again.
+A step of RL is one of train_rl.py's own, read from its log: prompts and rows are divided. Forward
+and backward, layers computed again, of one sequence, divided among all processes (--sp), and of
+many, where rows travel to experts, an equal share of them in each process.
 """
 
 import json
@@ -22,17 +23,17 @@ from cli import pick_device, torch
 from runlog import read_log
 from studies.common import print_table, recorded
 
-BEGIN = "--preset base --moves 10 --steps 0 --eval-problems 8"
-STEPS = "--prompts 1024 --group-size 16 --max-rows 4096 --micro-tokens 65536 --steps 4"
+BEGIN = "--preset base --moves 40 --sft-steps 100 --fork-prior 0.9 --steps 0 --eval-problems 8"
+STEPS = "--prompts 512 --group-size 16 --max-rows 4096 --micro-tokens 32768 --steps 3"
 QUICK = {"BEGIN": "--task mod --moves 3 --sft-steps 60 --steps 0 --eval-problems 2"}
 QUICK |= {"STEPS": "--prompts 8 --group-size 4 --steps 3"}
-SEQUENCES = [("base", 2**18), ("small", 2**20)]  # tokens
+PASSES = [("base", 1, 2**18, False), ("small", 1, 2**20, False), ("base", 64, 2**12, True)]
 
 
 def scale(flags):
     """Time and memory with 1, 2, 4 ... processes: scale.csv."""
     if "RANK" in os.environ:  # one of them
-        return tell_sequences(flags.quick)
+        return tell_passes(flags.quick)
     rows = recorded(flags, "scale", measure)
     columns = {"job": "{job}", "processes": "{processes:.0f}", "seconds": "{seconds:.3g}"}
     columns |= {"times as fast as one": "{speedup:.2f}", "GB of a process": "{peak_gb:.3g}"}
@@ -57,10 +58,10 @@ def measure(quick):
                 apart = [row.get("eval_s", 0) if part == "seconds" else 0 for row in log]
                 seconds = median(row[part] - x for row, x in zip(log, apart))
                 rows.append({"job": job, "processes": processes, "seconds": f"{seconds:.4g}"})
-            sequences = "bench.py scale" + f" --quick --out {folder}" * quick
-            said = run(processes, sequences).splitlines()
+            again = "bench.py scale" + f" --quick --out {folder}" * quick
+            said = run(processes, again).splitlines()
             rows += [json.loads(line) for line in said if line.startswith("{")]
-            print(f"{processes} processes", flush=True)
+            print(f"{processes} processes", *rows, sep="\n    ", flush=True)
     alone = {row["job"]: float(row["seconds"]) for row in rows if row["processes"] == 1}
     for row in rows:
         row["speedup"] = f"{alone[row['job']] / float(row['seconds']):.3f}"
@@ -79,28 +80,32 @@ def run(processes, command):
     return done.stdout
 
 
-def tell_sequences(quick):
-    """Print rows: forward and backward of one sequence, a part of it in each process."""
-    device = parallel.start(pick_device("cpu" if quick else "cuda"), parallel.size())
-    for preset, n in [("tiny", 2**10)] if quick else SEQUENCES:
+def tell_passes(quick):
+    """Print rows: forward and backward of n sequences, of one a part in each process."""
+    for preset, n, length, apart in [("tiny", 1, 2**10, False)] if quick else PASSES:
+        sp = 1 if apart else parallel.size()
+        device = parallel.start(pick_device("cpu" if quick else "cuda"), sp)
         bench_gpu.free() if device != "cpu" else None
+        own = n * sp // parallel.size()  # sequences of which this process has tokens
         with torch.device(device):
             model = m1.MiniMaxM1(m1.M1Config.preset(preset))
-            tokens, ends = torch.randint(256, (1, n)), torch.tensor([0, n], dtype=torch.int32)
+            tokens = torch.randint(256, (1, own * length))
+            ends = torch.arange(own + 1, dtype=torch.int32) * length
         model.compute, model.recompute = None if quick else torch.bfloat16, True
-        model, part = parallel.shard(model, device), parallel.part(ends)
+        model, part = parallel.shard(model, device, apart), parallel.part(ends)
         here = slice(None) if part is None else part.here
         seconds = []
         for _ in range(4):
             model.zero_grad()
             started = perf_counter()
             hidden, _ = model.hidden(tokens[:, here], cu_seqlens=ends, part=part)
-            loss = model.target_logp(hidden, tokens.roll(-1)[:, here]).sum() / -n
+            loss = model.target_logp(hidden, tokens.roll(-1)[:, here]).sum() / -(n * length)
             loss.backward()
             parallel.somewhere(float(loss.detach()) < 0)  # all have finished
             seconds.append(perf_counter() - started)
         peak = 0 if device == "cpu" else torch.cuda.max_memory_allocated() / 1e9
-        row = {"job": f"{n:,} tokens, {preset}", "processes": parallel.size()}
+        job = f"{n} x {length:,} tokens, {preset}" + ", experts apart" * apart
+        row = {"job": job, "processes": parallel.size()}
         row |= {"seconds": f"{median(seconds[1:]):.4g}"}
         row["peak_gb"] = f"{max(parallel.together([peak])):.4g}"
         print(json.dumps(row), flush=True)

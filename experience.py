@@ -413,13 +413,14 @@ def collect(model, tokenizer, problems, flags, sampling, step, judge=None):
         kept = cispo.informative_groups(kept, G).repeat_interleave(G)
         tried += asked
         prompts, lasted = [prompt_ids(tokenizer, p) for p in asked], rollout.lengths.tolist()
+        drawn = rollout.tokens.tolist()
         scores += new
         rewards += earned.tolist()
         for i in kept.nonzero()[:, 0].tolist():
             n, silent = lasted[i], flags.mask_truncated and rollout.ended[i] == "length"
             learned = rollout.mask[i, :n] & (not silent)
-            response, recorded = rollout.tokens[i, :n].tolist(), rollout.logp[i, :n]
-            rows.append((prompts[i // G], response, learned, rewards[i - len(new)], recorded))
+            recorded = rollout.logp[i, :n]
+            rows.append((prompts[i // G], drawn[i][:n], learned, rewards[i - len(new)], recorded))
         lengths += lasted
         logp.append(rollout.logp[rollout.mask])
         rollout_s += rollout.seconds

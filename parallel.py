@@ -7,8 +7,8 @@ here gives back what it got, to the bit.
                  the weights to draw answers from: whole, but for experts that no GPU could hold
     each rank    answers its share of the prompts, and learns from its share of a slice's rows
     over ranks   parameters, gradients and moments lie in parts: a layer's are gathered while it
-                 computes (FSDP2), experts stay where they are, and rows travel to them; with --sp n
-                 n ranks in a row have a part each of the tokens of their rows
+                 computes (FSDP2), but large experts stay where they are, and rows travel to them;
+                 with --sp n n ranks in a row have a part each of the tokens of their rows
 
     1. Processes     rank, size, first, by_first, no_bar, start, finish
     2. Shares        share, together, rows, totals, somewhere
@@ -257,14 +257,17 @@ def by_tokens(x, part):
 # ============================================================================
 
 
-def shard(model, device):
+APART = 2**30  # bytes of a layer's experts: from here on rows travel to them, not they to rows
+
+
+def shard(model, device, apart=None):
     """Cut every parameter into parts, one for each rank, all from the weights of the first; parts
     of a model on the meta device have no weights yet.
 
     model.layers are gathered one after the other, the rest of the parameters stays gathered from
-    model.hidden to the end of the backward pass. Experts, where the ranks divide their number, stay
-    where they are: rows travel, see exchange. Gradients are summed, not averaged: losses have their
-    normalisers over all ranks.
+    model.hidden to the end of the backward pass. Where a layer's experts are large (see APART, or
+    say so with `apart`) and the ranks divide their number, they stay where they are: rows travel,
+    see exchange. Gradients are summed, not averaged: losses have their normalisers over all ranks.
     """
     if size() == 1:
         return model
@@ -278,7 +281,9 @@ def shard(model, device):
         if not p.is_meta:
             dist.broadcast(p.data, 0)
     mesh, experts = dist.init_device_mesh(torch.device(device).type, (size(),)), set()
-    if c.num_local_experts % size() == 0:
+    if apart is None:
+        apart = 3 * model.layers[0].block_sparse_moe.w1.nbytes >= APART
+    if apart and c.num_local_experts % size() == 0:
         for moe in (layer.block_sparse_moe for layer in model.layers):
             for name in ("w1", "w3", "w2"):
                 p = _distribute(getattr(moe, name).data, mesh, [dtensor.Shard(0)])

@@ -1959,6 +1959,7 @@ train_rl.main()
 """
 APART = """
 import engine, parallel
+parallel.APART = 0
 engine._experts_stay_apart = lambda model: parallel.by_expert(model.layers[0].block_sparse_moe.w1)
 """
 
@@ -3066,15 +3067,15 @@ def test_more_processes_are_compared_with_one_step_by_step(tmp_path, monkeypatch
                 )
             )
         elif "bench.py" in command and n == 1:
-            bench_scale.tell_sequences(quick=True)
+            bench_scale.tell_passes(quick=True)
             return capsys.readouterr().out
-        return json.dumps({"job": "1,024 tokens, tiny", "processes": n, "seconds": "1e-9"})
+        return json.dumps({"job": "1 x 1,024 tokens, tiny", "processes": n, "seconds": "1e-9"})
 
     monkeypatch.setattr(bench_scale, "run", run)
     bench.main(["scale", "--quick", "--out", str(tmp_path)])
     rows = common.by(common.read_csv(tmp_path / "scale.csv"), "job")
     assert [x["speedup"] for x in rows["a step of RL"]] == [1, 2]
-    one, two = rows["1,024 tokens, tiny"]
+    one, two = rows["1 x 1,024 tokens, tiny"]
     assert one["seconds"] > 1e-3 and two["speedup"] > 1e6
 
 

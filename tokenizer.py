@@ -90,7 +90,11 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of token ids; invalid UTF-8 becomes U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+        try:
+            text = self.encoding.decode_bytes(ids)
+        except KeyError:
+            text = b"".join(map(self.token_bytes, ids))
+        return text.decode("utf-8", "replace")
 
     def token_bytes(self, i):
         """The bytes of one token; U+FFFD for an id that only the model has (M1 has some)."""
