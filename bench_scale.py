@@ -23,8 +23,8 @@ from cli import pick_device, torch
 from runlog import read_log
 from studies.common import print_table, recorded
 
-BEGIN = "--preset base --moves 40 --sft-steps 100 --fork-prior 0.9 --steps 0 --eval-problems 8"
-STEPS = "--prompts 512 --group-size 16 --max-rows 4096 --micro-tokens 32768 --steps 3"
+BEGIN = "--preset base --moves 80 --sft-steps 100 --fork-prior 0.9 --steps 0 --eval-problems 8"
+STEPS = "--prompts 512 --group-size 16 --max-rows 4096 --micro-tokens 131072 --recompute --steps 4"
 QUICK = {"BEGIN": "--task mod --moves 3 --sft-steps 60 --steps 0 --eval-problems 2"}
 QUICK |= {"STEPS": "--prompts 8 --group-size 4 --steps 3"}
 PASSES = [("base", 1, 2**18, False), ("small", 1, 2**20, False), ("base", 64, 2**12, True)]
@@ -95,7 +95,7 @@ def tell_passes(quick):
         model, part = parallel.shard(model, device, apart), parallel.part(ends)
         here = slice(None) if part is None else part.here
         seconds = []
-        for _ in range(4):
+        for _ in range(3):
             model.zero_grad()
             started = perf_counter()
             hidden, _ = model.hidden(tokens[:, here], cu_seqlens=ends, part=part)

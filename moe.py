@@ -93,11 +93,10 @@ class MoE(nn.Module):
     def exchanged(self, x, weight, chosen):
         """Where several processes hold some experts each: rows go to theirs and come back."""
         token, place, ends = plan(chosen, len(self.w1))
-        rows, expert, back = parallel.exchange(x.index_select(0, token), ends)
+        rows, expert, back = parallel.exchange(_Spread.apply(x, token, place), ends)
         form = self.best_form(rows) if len(rows) else "loop"  # kernels take no empty batch
         y = getattr(self, form)(rows, torch.ones_like(rows[:, :1]), expert[:, None])
-        y = back(y).index_select(0, place).view(*chosen.shape, x.shape[1])
-        return (y * weight[..., None]).sum(1)
+        return _Summed.apply(back(y), weight, token, place)
 
     def loop(self, x, weight, chosen):
         """The definition, expert by expert. x (T, D), weight and chosen (T, k) -> (T, D)."""
@@ -213,11 +212,9 @@ class _Planned(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, w1, w3, w2, token, place, ends, a, b, y = ctx.saved_tensors
-        product, k = functools.partial(F.grouped_mm, offs=ends), weight.shape[1]
+        product = functools.partial(F.grouped_mm, offs=ends)
         v1, v3, v2 = (w.to(x.dtype) for w in (w1, w3, w2))
-        d_weight = (y.index_select(0, place).view(-1, k, len(x.T)) * grad[:, None]).sum(-1)
-        row_weight = torch.empty_like(weight).flatten().scatter_(0, place, weight.flatten())
-        dy = grad.index_select(0, token) * row_weight[:, None].to(x.dtype)
+        dy, d_weight = _summed_grads(grad, y, weight, token, place)
         with torch.enable_grad():
             a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
             h = swiglu(a, b)
@@ -227,7 +224,45 @@ class _Planned(torch.autograd.Function):
         d_part = product(da, v1) + product(db, v3)
         dx = sum_rows(d_part, place, torch.ones_like(weight))
         d_experts = (d.to(w.dtype) for d, w in zip(weights, (w1, w3, w2)))
-        return dx, d_weight.to(weight.dtype), *d_experts, None, None, None
+        return dx, d_weight, *d_experts, None, None, None
+
+
+class _Spread(torch.autograd.Function):
+    """x (T, D) -> rows (T k, D); the sum that goes back has one order, and no atomic additions."""
+
+    @staticmethod
+    def forward(ctx, x, token, place):
+        ctx.place = place.view(len(x), -1)
+        return x.index_select(0, token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        ones = torch.ones_like(ctx.place, dtype=grad.dtype)
+        return sum_rows(grad.contiguous(), ctx.place.flatten(), ones), None, None
+
+
+class _Summed(torch.autograd.Function):
+    """Rows y (T k, D), weight (T, k) -> (T, D)."""
+
+    @staticmethod
+    def forward(ctx, y, weight, token, place):
+        y = parallel.arrived(y)
+        ctx.save_for_backward(y, weight, token, place)
+        return sum_rows(y, place, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *_summed_grads(grad, *ctx.saved_tensors), None, None
+
+
+def _summed_grads(grad, y, weight, token, place):
+    """Gradients of sum_rows(y, place, weight) for y and weight."""
+    parts = y.index_select(0, place).view(*weight.shape, y.shape[1])
+    row_weight = torch.empty_like(weight).flatten().scatter_(0, place, weight.flatten())
+    dy = grad.index_select(0, token) * row_weight[:, None].to(y.dtype)
+    return dy, (parts * grad[:, None]).sum(-1).to(weight.dtype)
 
 
 def sum_rows(y, place, weight, dtype=None):

@@ -13,7 +13,8 @@ here gives back what it got, to the bit.
     1. Processes     rank, size, first, by_first, no_bar, start, finish
     2. Shares        share, together, rows, totals, somewhere
     3. Sequences     Part, part, lightning, by_heads, by_tokens
-    4. A model       shard, in_parts, own, by_expert, held, exchange, whole, on_first, part_like
+    4. A model       shard, in_parts, own, by_expert, held, exchange, arrived, whole, on_first,
+                     part_like
 """
 
 from __future__ import annotations
@@ -334,6 +335,11 @@ def exchange(x, ends):
     number = torch.arange(len(ends) // size(), device=x.device).repeat(size())
     expert = number.repeat_interleave(coming, output_size=sum(arriving))
     return send(x, arriving, leaving), expert, lambda y: send(y, leaving, arriving)
+
+
+def arrived(x):
+    """A tensor that may still be on its way, for a kernel of ours; PyTorch's own wait for it."""
+    return x.trigger_wait() if hasattr(x, "trigger_wait") else x
 
 
 def whole(x):

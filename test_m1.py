@@ -3122,6 +3122,10 @@ def test_the_readmes_speeds_are_those_of_the_committed_csv_files():
     }
     assert len(ends) == 4 and min(ends.values()) == ends["tool"] and sorted(ends.values())[1] > 0.97
     said.append(f"each rose, the one that came last to {ends['tool']:.2f}")
+    short = common.by(committed("scale-short"), "job")["a step of RL"]
+    said.append(
+        "two took {:.2f} s for what took one {:.2f}".format(*(x["seconds"] for x in short[::-1]))
+    )
     jobs = common.by(committed("scale"), "job")
     for one, two in (rows for name, rows in jobs.items() if "reward" not in name):
         said += [f"{one['seconds']:.2f}", f"{two['seconds']:.2f}", f"{two['speedup']:.2f}"]
