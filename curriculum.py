@@ -5,6 +5,7 @@ Growth       what may grow
 Curriculum   windows, difficulty and filtered problems, decided by what rollouts show
 """
 
+import math
 import random
 import re
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class Mix:
 
     def __post_init__(self):
         check(self, moves=(1, 1000), min_moves=(1, 1000))
+        if twice := [name for name in self.names if name and self.names.count(name) > 1]:
+            raise ValueError(f"--task names {twice[0]} twice; give it a weight: {twice[0]}:2")
         if not all(sum(self.shares(at).values()) for at in (0, 1)):
             raise ValueError(f"--task {short(self.task)}: all weights are 0, at first or at last")
         if self.min_moves and self.min_moves > self.moves:
@@ -45,25 +48,21 @@ class Mix:
             try:
                 first, last = (float(x or 1) for x in (found[1], found[2] or found[1]))
             except (TypeError, ValueError):
-                need = "a task, with a weight such as :2 or :0-1 if not 1"
-                raise ValueError(f"--task: {short(text)} is not {need}") from None
+                first = last = math.inf
+            if max(first, last) > 1000:
+                need = "a task, with a weight such as :2 or :0-1 if not 1, up to 1000"
+                raise ValueError(f"--task: {short(text)} is not {need}")
             weights[name] = first + (last - first) * progress
         return weights
 
-    def turns(self, n, progress=0.0):
-        """The tasks of n problems: next is always the one that is furthest behind its share."""
-        weights = self.shares(progress)
-        drawn, total = dict.fromkeys(weights, 0), sum(weights.values())
-        for i in range(n):
-            name = max(weights, key=lambda x: weights[x] * (i + 1) / total - drawn[x])
-            drawn[name] += 1
-            yield name
-
     def draw(self, rng, n, moves=None, held_out=False, progress=None):
-        """n of these problems, or as hard as `moves` says, evenly of all tasks, or as is their
-        share after this part of the steps. rng: random.Random.
+        """n of these problems, or as hard as `moves` says, of all tasks in turn; where they have
+        weights, each of a task drawn by those after this share of the steps. rng: random.Random.
         """
-        names = self.names if progress is None else [*self.turns(n, progress)]
+        names = self.names
+        if progress is not None and ":" in self.task:
+            weights = self.shares(progress)
+            names = rng.choices([*weights], weights.values(), k=n)
         return tasks.draw(rng, n, names, moves or self.moves, self.min_moves, held_out)
 
     def solve(self, prompt):

@@ -38,7 +38,8 @@ class Rollout(NamedTuple):
     tokens: torch.Tensor  # (N, T) int64
     logp: torch.Tensor  # (N, T) fp32: under the distribution that each token was drawn from
     mask: torch.Tensor  # (N, T) bool: drawn by the model: no padding, reply, </think> of the budget
-    lengths: torch.Tensor  # (N,) int64: tokens of each response, the end token included
+    lengths: torch.Tensor  # (N,) int64: tokens of each response, with replies and the end token
+    begun: torch.Tensor  # (N,) int64: how many of them stand before and in the last reply
     ended: list  # N of ENDED: why; or "context", in a full Chat
     seconds: float = 0.0  # that generating took
 
@@ -49,12 +50,12 @@ class Rollout(NamedTuple):
     @classmethod
     def joined(cls, rollouts):
         """Several, one after the other."""
-        *columns, lengths, ended, seconds = zip(*rollouts)
+        *columns, lengths, begun, ended, seconds = zip(*rollouts)
         longest = max(x.shape[1] for x in columns[0])
         pad = torch.nn.functional.pad
         columns = [[pad(x, (0, longest - x.shape[1])) for x in column] for column in columns]
         ended = [why for own in ended for why in own]
-        return cls(*map(torch.cat, (*columns, lengths)), ended, max(seconds))
+        return cls(*map(torch.cat, (*columns, lengths, begun)), ended, max(seconds))
 
 
 ENDED = ("length", "eos", "repetition", "budget")  # budget: closed its thinking, then eos
@@ -83,7 +84,7 @@ class Sampling:
 class Request:
     """What generate is asked for: its arguments beside the prompts."""
 
-    max_new_tokens: int  # the longest response
+    max_new_tokens: int  # the longest response, with replies
     eos_id: int  # ends a response
     seed: int  # the same seed on the same machine gives the same responses
     group_size: int = 1  # responses to each prompt
@@ -203,6 +204,7 @@ class Rows:
     token: torch.Tensor  # the last one
     streak: torch.Tensor  # tokens in a row of p > 0.99
     given: torch.Tensor  # tokens of a reply that stand in the outputs and come next
+    called: torch.Tensor  # bool: has just drawn the end of a call
     thinking: torch.Tensor  # bool: no </think> so far
     alive: torch.Tensor  # bool
 
@@ -210,7 +212,8 @@ class Rows:
     def new(cls, number, streams, thinking, alive):
         """Rows without a token yet."""
         zeros = (torch.zeros_like(number) for _ in range(4))
-        return cls(number, streams[number], *zeros, thinking, torch.full_like(thinking, alive))
+        flags = torch.zeros_like(thinking), thinking, torch.full_like(thinking, alive)
+        return cls(number, streams[number], *zeros, *flags)
 
     def select(self, keep):
         """New Rows of these."""
@@ -230,6 +233,8 @@ def _outputs(n, T, pad_id, device):
         logp=zeros(n + 1, T + 1),
         mask=zeros(n + 1, T + 1, dtype=torch.bool),
         lengths=zeros(n + 1, dtype=torch.int64),
+        begun=zeros(n + 1, dtype=torch.int64),
+        forced=zeros(n + 1, dtype=torch.bool),
         cause=zeros(n + 1, dtype=torch.int64),
         broken=zeros(1, dtype=torch.bool),
     )
@@ -250,6 +255,7 @@ def draw(logits, rows, out, ask):
         forced = drawn & rows.thinking & (token != ask.think_end_id)
         forced &= rows.step >= ask.think_budget
         token, drawn = token.masked_fill(forced, ask.think_end_id), drawn & ~forced
+        out.forced[rows.number] |= forced
     out.tokens[at] = token.where(alive, ask.pad_id)
     out.logp[at] = logp.float().where(drawn, 0.0)
     out.mask[at] = drawn
@@ -263,6 +269,7 @@ def draw(logits, rows, out, ask):
         streak = (rows.streak + 1) * sure
         rows.streak.copy_(streak if ask.call_id is None else streak.where(drawn, rows.streak))
         code.masked_fill_(rows.streak >= ask.repetition_stop, REPETITION)
+    rows.called.copy_(drawn & (token == (-1 if ask.call_id is None else ask.call_id)))
     ends = (token == ask.eos_id) & drawn
     if ask.call_id == ask.eos_id:  # answer_calls decides
         ends &= rows.step + 1 >= ask.max_new_tokens
@@ -274,18 +281,21 @@ def draw(logits, rows, out, ask):
 
 
 def answer_calls(rows, out, ask, reply):
-    """Write what reply(response, tokens so far) says behind each call that has just ended. Rows
-    then take it token by token, as they take what they draw, so that no row waits for another. A
-    call that ends a turn and gets no reply ends the response.
+    """Write what reply(response, tokens since its last reply) says behind each call that has just
+    ended. Rows then take it token by token, as they take what they draw, so that no row waits for
+    another. A call that ends a turn and gets no reply ends the response.
     """
-    calls = rows.alive & (rows.token == ask.call_id) & (rows.given == 0)
-    for i in calls.nonzero()[:, 0].tolist():
+    for i in (rows.alive & rows.called).nonzero()[:, 0].tolist():
         number, step = int(rows.number[i]), int(rows.step[i])
-        ids = reply(number, out.tokens[number, :step].tolist())[: ask.max_new_tokens - step]
+        said = out.tokens[number, int(out.begun[number]) : step].tolist()
+        ids = reply(number, said)[: ask.max_new_tokens - step]
         out.tokens[number, step : step + len(ids)] = torch.tensor(ids, dtype=torch.int64)
         rows.given[i] = len(ids)
-        if not ids and ask.call_id == ask.eos_id:
+        if ids:
+            out.begun[number] = step + len(ids)
+        elif ask.call_id == ask.eos_id:
             rows.alive[i], out.cause[number] = False, EOS
+    rows.called.zero_()
 
 
 def _read_prompts(model, prompts, ask, cache):
@@ -515,14 +525,16 @@ def generate(model, prompts, *, on_tokens=None, reply=None, cache=None, **reques
     Every response draws from a stream of its own, made of seed and its number: in fp32 its tokens
     do not depend on those beside it (but for rounding, where two are as likely); in bf16 products
     round differently with the size of a batch. on_tokens(responses, tokens) is called after each
-    step with the numbers and tokens of those that drew one. reply(response, tokens so far) is asked
-    when one has drawn call_id; the tokens that it returns come next, see answer_calls. cache: that
-    of one conversation so far. The one prompt is what comes next, and the cache then holds it and
-    the response but for the response's last token, which no step has read. On a GPU steps are
-    replayed from CUDA graphs (see Graphs), unless on_tokens or cache is given.
+    step with the numbers and tokens of those that drew one. reply(response, tokens since its last
+    reply) is asked when one has drawn call_id; the tokens that it returns come next, see
+    answer_calls. cache: that of one conversation so far. The one prompt is what comes next, and the
+    cache then holds it and the response but for the response's last token, which no step has read.
+    On a GPU steps are replayed from CUDA graphs (see Graphs), unless on_tokens or cache is given.
     """
     ask, start, model = Request(**request), time.perf_counter(), rollout_weights(model)
     ask.check(model, prompts, cache)
+    if (reply is None) != (ask.call_id is None):
+        raise ValueError("reply needs call_id, which ends a call, and call_id needs reply")
     G, device = ask.group_size, model.device
     n, size = len(prompts) * G, G * min(len(prompts), max((ask.max_rows or 2**40) // G, 1))
     shape, max_len = (model, ask, size, n), max(map(len, prompts)) + ask.max_new_tokens
@@ -566,9 +578,8 @@ def generate(model, prompts, *, on_tokens=None, reply=None, cache=None, **reques
             answer_calls(steps.rows, steps.out, ask, reply)
 
     out = steps.out
-    if ask.think_budget is not None:
-        out.cause[(out.cause == EOS) & (out.mask.sum(1) < out.lengths)] = BUDGET
+    out.cause[(out.cause == EOS) & out.forced] = BUDGET
     ended, done = [ENDED[c] for c in out.cause[:n].tolist()], int(out.lengths[:n].max())
     tokens, logp, mask = (x[:n, :done].clone() for x in (out.tokens, out.logp, out.mask))
-    lengths = out.lengths[:n].clone()
-    return Rollout(tokens, logp, mask, lengths, ended, time.perf_counter() - start)
+    lengths, begun = out.lengths[:n].clone(), out.begun[:n].clone()
+    return Rollout(tokens, logp, mask, lengths, begun, ended, time.perf_counter() - start)

@@ -1,7 +1,7 @@
 """What the loop trains on: problems answered, scored, gathered in groups and made into batches.
 
     1. Batches           Batch, make_batch, trained_logp, passes, Imitation
-    2. Answers           prompt_ids, respond, environment, scored, evaluate
+    2. Answers           prompt_ids, respond, Environment, scored, evaluate
     3. Experience        solvable, collect
     4. Only watched      measure, by_family, summed
 
@@ -26,10 +26,11 @@ from tqdm import tqdm
 import cispo
 import engine
 import parallel
+import sandbox
 import tasks
 from cli import model as m1
 from cli import short, torch
-from tokenizer import END_OF_TURN, HEADERS, chat_pieces, parse_tool_calls
+from tokenizer import END_OF_TURN, chat_pieces, parse_tool_calls
 
 
 def substream(seed, *names):
@@ -235,9 +236,9 @@ def prompt_ids(tokenizer, problem):
 def respond(model, tokenizer, problems, seed, group_size=1, judge=None, **how):
     """group_size responses to each problem and their scores: (a Rollout on the CPU, N tasks.Score).
 
-    how: max_new_tokens and further arguments of engine.generate. Where a verifier raises, the score
-    is tasks.CRASHED. A judge.Judge grades what no rule pays. Of several processes each answers its
-    share, and all get all answers.
+    how: max_new_tokens and further arguments of engine.generate. Where a verifier raises or hangs,
+    the score is tasks.crashed. A judge.Judge grades what no rule pays. Of several processes each
+    answers its share, and all get all answers.
     """
     mine, weights, found = parallel.share(len(problems)), engine.rollout_weights(model), []
     asked = problems[mine] or problems[: engine.in_step(weights)]  # for nothing, if others need it
@@ -253,66 +254,85 @@ def respond(model, tokenizer, problems, seed, group_size=1, judge=None, **how):
 
 def _respond(model, tokenizer, problems, group_size, judge, how):
     prompts = [prompt_ids(tokenizer, p) for p in problems]
-    if any(p.tools for p in problems):
-        how |= environment(tokenizer, problems, group_size)
-    rollout = engine.generate(model, prompts, **how, **tokenizer.ids()).to("cpu")
-    closed = (rollout.tokens == (tokenizer.think_end_id or -1)).sum(1).tolist()
-    texts, scores = response_texts(tokenizer, rollout), []
+    environment, scores = Environment(tokenizer, problems, group_size), []
+    how |= environment.arguments() | tokenizer.ids()
+    rollout = engine.generate(model, prompts, **how).to("cpu")
+    closed = rollout.tokens == (tokenizer.think_end_id or -1)
+    closed &= torch.arange(closed.shape[1]) >= rollout.begun[:, None]
+    closed, texts = closed.sum(1).tolist(), response_texts(tokenizer, rollout, rollout.begun)
     for i, text in enumerate(texts):
         ended = rollout.ended[i] in ("eos", "budget")
         if not tokenizer.has_turns:  # byte by byte </think> is not the token
             ended = ended and text.count(tasks.THINK_END) == closed[i]
-        problem, started = problems[i // group_size], time.perf_counter()
+        problem, calls = problems[i // group_size], environment.calls[i]
+        score, started = (
+            tasks.score_chat if tokenizer.has_turns else tasks.score,
+            time.perf_counter(),
+        )
         try:
-            if tokenizer.has_turns:
-                found = tasks.score_chat(problem, text, ended, f"{HEADERS['assistant']}\n")
-            else:
-                found = tasks.score(problem, text, ended)
-            scores.append(dataclasses.replace(found, seconds=time.perf_counter() - started))
+            with sandbox.bounded():
+                found = score(problem, text, ended, calls)
         except (Exception, SystemExit) as error:  # a verifier's bug costs a reward, not the run
             tell_crash("verifier", problem, error, "earns nothing")
-            scores.append(tasks.CRASHED)
+            found = tasks.crashed(calls)
+        scores.append(dataclasses.replace(found, seconds=time.perf_counter() - started))
     if judge:
         asked = [p for p in problems for _ in range(group_size)]
         scores = judge.scores(asked, texts, scores)
     return rollout, scores
 
 
-def environment(tokenizer, problems, group_size, most=4, longest=64):
-    """What answers the calls of these problems' responses, as arguments of engine.generate: up to
-    `most` in each, with up to `longest` characters. A chat model calls at the end of a turn.
-    """
-    chat = tokenizer.has_turns
-    end = HEADERS["tool"] if chat else tasks.CALL_END
+class Environment:
+    """What answers the calls of problems' responses, group_size each: MOST calls of a response.
 
-    def reply(number, tokens):
-        problem, text = problems[number // group_size], tokenizer.decode(tokens)
-        if not problem.tools or text.count(end) >= most + (not chat):
+    A small model calls the first tool, [ARGUMENT]. A chat model calls any, as M1 does, at the end
+    of a turn; then the results are a turn, and another turn of its own begins.
+    """
+
+    MOST = 4
+
+    def __init__(self, tokenizer, problems, group_size):
+        self.tokenizer, self.problems, self.group_size = tokenizer, problems, group_size
+        self.calls = Counter()  # that each response has made and were answered
+
+    def arguments(self):
+        """What engine.generate needs; nothing where there is nothing to call."""
+        if not any(p.tools for p in self.problems):
+            return {}
+        end = self.tokenizer.encode(tasks.CALL_END)[0]
+        return {"call_id": self.tokenizer.eos_id if self.tokenizer.has_turns else end} | {
+            "reply": self.reply
+        }
+
+    def reply(self, number, tokens):
+        """The tokens that answer a response's call, which is the end of `tokens`; none if it called
+        nothing, has no call left, or the tool crashed.
+        """
+        problem, left = self.problems[number // self.group_size], self.MOST - self.calls[number]
+        if not problem.tools or not left:
             return []
         try:
-            if not chat:
-                return tokenizer.encode(problem.reply(text)[:longest])
-            turn = tokenizer.decode(tokens[:-1]).rpartition(f"{HEADERS['assistant']}\n")[2]
-            return tool_turn(tokenizer, problem, turn, longest)
+            with sandbox.bounded():
+                if self.tokenizer.has_turns:
+                    return self._turn(problem, number, tokens, left)
+                self.calls[number] += 1
+                return self.tokenizer.encode(problem.reply(self.tokenizer.decode(tokens)))
         except (Exception, SystemExit) as error:
             tell_crash("tool", problem, error, "answers nothing")
             return []
 
-    return {"call_id": tokenizer.eos_id if chat else tokenizer.encode(end)[0], "reply": reply}
-
-
-def tool_turn(tokenizer, problem, turn, longest):
-    """The tokens between a chat model's turn, if it calls tools, and its next turn; or none."""
-    try:
-        calls = parse_tool_calls(turn)
-        said = [(call["name"], problem.use(**call)) for call in calls]
-    except ValueError as error:
-        said = [("error", str(error))]
-    if not said:
-        return []
-    results = [{"name": name, "text": text[:longest]} for name, text in said]
-    pieces = chat_pieces([{"role": "tool", "content": results}])[1:]
-    return tokenizer.encode(END_OF_TURN[1]) + tokenizer.encode_chat(pieces)
+    def _turn(self, problem, number, tokens, left):
+        try:
+            calls, said = parse_tool_calls(self.tokenizer.decode(tokens[:-1]))[:left], []
+        except ValueError as error:
+            calls, said = [], [("error", str(error))]
+        self.calls[number] += len(calls) + len(said)
+        said += ((call["name"], problem.use(**call)) for call in calls)
+        if not said:
+            return []
+        results = [{"name": name[:100], "text": text} for name, text in said]
+        pieces = chat_pieces([{"role": "tool", "content": results}])[1:]
+        return self.tokenizer.encode(END_OF_TURN[1]) + self.tokenizer.encode_chat(pieces)
 
 
 def tell_crash(what, problem, error, so):
@@ -322,9 +342,10 @@ def tell_crash(what, problem, error, so):
     tqdm.write(said, file=None if parallel.first() else sys.stderr)
 
 
-def response_texts(tokenizer, rollout):
-    """The N response texts, without the end token."""
-    rows = (row[:n] for row, n in zip(rollout.tokens.tolist(), rollout.lengths.tolist()))
+def response_texts(tokenizer, rollout, begun=0):
+    """The N response texts, each from a token `begun` (N,) on, without the end token."""
+    where = zip((rollout.begun * 0 + begun).tolist(), rollout.lengths.tolist())
+    rows = (row[i:n] for row, (i, n) in zip(rollout.tokens.tolist(), where))
     return [tokenizer.decode([i for i in row if i != tokenizer.eos_id]) for row in rows]
 
 
@@ -384,16 +405,16 @@ def solvable(model, tokenizer, flags, candidates):
     found = f"{sum(kept)} kept, {right.count(0)} never right, {easy} too easy"
     print(f"filter: {len(kept)} problems, {found}", flush=True)
     left = Counter(p.family for p, keep in zip(candidates, kept) if keep)
-    if len({p.family for p in candidates}) > 1:
-        print(f"kept: {', '.join(f'{n} {family}' for family, n in sorted(left.items()))}")
+    if len(families := {p.family for p in candidates}) > 1:
+        print(f"kept: {', '.join(f'{left[family]} {family}' for family in sorted(families))}")
     if not any(kept):
         raise ValueError("--filter-problems keeps none; take more of them or another --moves")
     return kept
 
 
 def collect(model, tokenizer, problems, flags, sampling, step, judge=None):
-    """Sample G answers to each problem, score them, keep the groups in which some are right and
-    some are wrong, or values differ (DAPO); what form and length earn besides decides nothing.
+    """Sample G answers to each problem, score them, keep the groups in which Score.value differs:
+    some are right and some wrong, or cost more calls (DAPO). Form and length decide nothing.
 
     problems: a function that draws n of them. While fewer than min_groups are kept, more prompts
     are drawn, twice at most. Returns a Batch of the kept groups, None if there are still too few;

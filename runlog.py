@@ -47,7 +47,7 @@ step
 accuracy pass_k greedy                         # on held-out problems, empty between evaluations:
 eval_fork_rate eval_length eval_guess_right    # see experience.evaluate
 reward correct well_formed fork_rate length    # means over the step's rollouts; length in tokens
-groups sampled_groups                          # prompts whose answers disagree, of all
+groups sampled_groups                          # prompts whose answers' values differ, of all
 updates loss grad_norm lr entropy              # norm before clipping; nats per token
 ratio_mean ratio_min ratio_max ess kl_k1 kl_k3 # see cispo.statistics: means over the updates, but
 weight_clip_frac_high weight_clip_frac_low     #   extremes for ratio_min and ratio_max

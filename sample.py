@@ -35,7 +35,7 @@ from cli import (
 from cli import model as m1
 from curriculum import Mix
 from engine import generate
-from experience import environment
+from experience import Environment
 from tokenizer import END_OF_TURN, Tokenizer, chat_pieces, parse_tool_calls
 
 # ============================================================================
@@ -179,10 +179,12 @@ def stream(tokenizer, answer, problems, content, role, **request):
 
     rollout = answer(content, role, on_tokens=show, **request)
     print(decoder.decode(b"", final=True), end="")
-    text, ended = "".join(said), rollout.ended[0]
-    verdict = judged(problems, content, text, ended in ("eos", "budget")) if problems else ""
+    ended, verdict = rollout.ended[0], ""
+    if problems:  # judge what came after a tool's last answer
+        answered = "".join(said[int(rollout.begun[0]) :])
+        verdict = judged(problems, content, answered, ended in ("eos", "budget"))
     print(f"   [{int(rollout.lengths[0])} tokens, ended by {ended}]  {verdict}".rstrip())
-    return text
+    return "".join(said)
 
 
 def typed(prompt):
@@ -246,8 +248,7 @@ def main(argv=None):
 
     def solve(prompt, role, **request):
         problem = problems and problems.solve(prompt)
-        if problem and problem.tools:
-            request |= environment(tokenizer, [problem], 1)
+        request |= Environment(tokenizer, [problem], 1).arguments() if problem else {}
         return generate(model, [tokenizer.encode(prompt)], **tokenizer.ids(), **request)
 
     answer = chat.reply if chat else solve

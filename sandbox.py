@@ -18,10 +18,13 @@ with it has failed, and the next one gets a new server.
     1. Values        encode, decode, agree: what programs are told and say
     2. Inside        serve, answer, attempt, forbid: run by a bare Python in bubblewrap
     3. Outside       Limits, Result, missing, run, run_all
+    4. Tasks         bounded: what a person wrote and trusts, a task's verifier or tool
 """
 
+import contextlib
 import ctypes
 import inspect
+import io
 import json
 import os
 import platform
@@ -363,3 +366,52 @@ def _forget():
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
+
+
+# ============================================================================
+# 4. Tasks
+# ============================================================================
+
+
+class _Late(BaseException):  # which an `except Exception` does not hold up
+    pass
+
+
+class _Few(io.TextIOBase):
+    """A file that takes so many characters more."""
+
+    def __init__(self, file, left):
+        self.file, self.left = file, left
+
+    def write(self, text):
+        self.left -= len(text)
+        if self.left < 0:
+            raise ValueError("it prints too much")
+        return self.file.write(text)
+
+
+@contextlib.contextmanager
+def bounded(seconds=20, characters=10_000):
+    """For a function of a task, which nothing isolates: if it takes longer or prints more it raises
+    TimeoutError or ValueError, and a fork that it does not end ends here.
+    """
+
+    def late(*_):
+        raise _Late
+
+    own, timed = os.getpid(), threading.current_thread() is threading.main_thread()
+    timed = timed and hasattr(signal, "setitimer")
+    if timed:
+        before = signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    try:
+        with contextlib.redirect_stdout(_Few(sys.stdout, characters)):
+            yield
+    except _Late:
+        raise TimeoutError(f"it took more than {seconds} s") from None
+    finally:
+        if os.getpid() != own:
+            os._exit(0)
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)

@@ -38,7 +38,7 @@ import sandbox
 from cli import short
 
 FORK, GUESS, THINK, THINK_END = "~", ".", "<think>", "</think>"
-CALL, CALL_END = "[", "]"
+CALL, CALL_END, MOST_SAID = "[", "]", 2000  # characters of what a tool says
 
 # ============================================================================
 # 1. Problems
@@ -76,17 +76,16 @@ class Problem:
             inspect.signature(tool).bind(**arguments)
         except TypeError:
             known = "; ".join(f"{x.__name__}{inspect.signature(x)}" for x in self.tools)
-            return f"! no call of {known}"
-        return tool(**arguments)
+            return f"! no call of {known}"[:MOST_SAID]
+        return tool(**arguments)[:MOST_SAID]
 
     def reply(self, text):
-        """What the environment writes after a response so far, which ends in a call of the first
-        tool. Ends in "=", as prompts do.
+        """What the environment writes after a text that ends in a call of the first tool. Ends in
+        "=", as prompts do.
         """
         tool, asked = self.tools[0], text.rpartition(CALL)[2][:-1]
-        return (
-            self.use(tool.__name__, dict.fromkeys(inspect.signature(tool).parameters, asked)) + "="
-        )
+        arguments = dict.fromkeys(inspect.signature(tool).parameters, asked)
+        return self.use(tool.__name__, arguments) + "="
 
     @property
     def opening(self):
@@ -410,7 +409,8 @@ def demonstration(problem, rng, fork_prior):
     Half of the demonstrations are chains whose fork is not learned from: they teach how to work a
     problem out, not to start doing so. The other half fork with probability fork_prior and guess
     otherwise: they set how often a model starts. So skill and habit are two knobs. Where there is
-    something to call, every other one does, needed or not; one that needs it and does not guesses.
+    something to call, every other one does, needed or not; one that needs it and does not guesses,
+    which is learned. What a tool answered never is.
     """
     answer, skilled, pieces = problem.shown(rng), rng.random() < 0.5, []
     if problem.call and rng.random() < 0.5:
@@ -446,17 +446,19 @@ class Score:
 
     @property
     def value(self):
-        """What it earned but for its form: groups that disagree about this teach."""
+        """What it earned but for its form: groups in which this differs teach."""
         earned = self.correct if self.grade is None else self.grade
         return earned - CALL_COST * self.calls
 
 
-CRASHED = Score(0.0, False, False, False, crashed=True)
+def crashed(calls):
+    """What a response earns on which the verifier crashed."""
+    return Score(-CALL_COST * calls, False, False, False, crashed=True, calls=calls)
 
 
-def score(problem, text, ended=True, calls=None):
-    """Score a response text; `ended` says whether the model ended it itself, `calls` how often it
-    called a tool, if the text does not tell.
+def score(problem, text, ended=True, calls=0):
+    """Score a response text; `ended` says whether the model ended it itself. Where tools answered
+    calls, so many, it is what came after the last answer.
 
     Well-formed: ended, with exactly one </think>, some thinking before it and an answer after it.
     Only well-formed responses can be correct. The thinking itself is not judged.
@@ -466,23 +468,18 @@ def score(problem, text, ended=True, calls=None):
     correct = well_formed and problem.check(answer)
     if not isinstance(correct, bool):
         raise TypeError(f"check must return True or False, found {short(correct)}")
-    if calls is None:
-        calls = text.count(CALL_END) if problem.tools else 0
-    forked = (text.rpartition("=")[2] if calls else text).startswith(FORK)
     reward = correct + FORMAT_REWARD * well_formed - CALL_COST * calls
-    return Score(reward, correct, well_formed, forked, calls=calls)
+    return Score(reward, correct, well_formed, text.startswith(FORK), calls=calls)
 
 
-def score_chat(problem, text, ended=True, turn="\0"):
+def score_chat(problem, text, ended=True, calls=0):
     """score for a chat model, which forks with <think>; that tag and blanks at either end of
-    thinking and answer are no part of them. turn: what begins each of its turns but the first,
-    which come after its calls; the last one counts.
+    thinking and answer are no part of them.
     """
-    *called, text = text.split(turn) if problem.tools else [text]
     thinking, tag, answer = text.partition(THINK_END)
     thinking = thinking.strip()
     plain = thinking.removeprefix(THINK).strip() + tag + answer.strip()
-    return replace(score(problem, plain, ended, len(called)), forked=thinking.startswith(THINK))
+    return replace(score(problem, plain, ended, calls), forked=thinking.startswith(THINK))
 
 
 # ============================================================================

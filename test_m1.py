@@ -1150,6 +1150,16 @@ def test_a_fork_without_loss_stays_visible_as_input():
     assert not batch.trained[:, :7].any() and not batch.trained[forked, 7].any()  # prompts, forks
 
 
+def test_a_response_has_room_for_the_call_it_needs_and_a_reply_spells_no_special_token():
+    for n in (1, 2, 3):  # held-out problems, none of which may need it
+        flags = settings(task="mod,tool", moves=5, eval_problems=n)
+        assert flags.longest() == len("[00000]+00000=" + "00000" + "0") + 9
+    with mock.patch.object(tasks.Lookup, "look", lambda self, key: "</think>"):
+        batch = train_rl.demonstrations(flags, random.Random(0), TOKENIZER, 60, "cpu")
+    called = (batch.tokens == ord("[")).any(1)
+    assert called.any() and ((batch.tokens == TOKENIZER.think_end_id).sum(1) == 1).all()
+
+
 def test_min_moves_mixes_difficulties_in_demonstrations_rollouts_and_evaluation():
     flags = settings(preset="tiny", min_moves=2, moves=5, max_moves=7, eval_problems=60)
     drawn = [flags.mix.draw(random.Random(0), 90, moves) for moves in (None, 7)]
@@ -1326,17 +1336,21 @@ def test_a_reply_comes_next_is_no_draw_and_holds_up_no_other_row(graphs, rollout
     model, prompts, kw, _ = rollout
     kw = {**kw, "repetition_stop": 0, "eos_id": -1}
     plain = engine.generate(model, prompts, **kw)
-    call, calls, said = int(plain.tokens[0, 2]), {}, [7, 8, 9, -1, 10]
+    call, calls, ends, said = int(plain.tokens[0, 2]), {}, {}, [7, 8, 9, -1, 10]
     said[3] = kw["eos_id"] = next(i for i in range(11, 256) if not (plain.tokens == i).any())
+    said[4] = call  # in a reply it calls nothing
 
     def reply(number, tokens):
-        calls.setdefault(number, []).append(len(tokens))
+        calls.setdefault(number, []).append(ends.get(number, 0) + len(tokens))
+        ends[number] = min(calls[number][-1] + 5, 24)
+        assert tokens[-1] == call
         return said
 
     monkeypatch.setattr(engine, "takes_graphs", lambda *_: graphs)
     for max_rows in (None, 4):  # others wait for a row
-        calls.clear()
+        calls.clear(), ends.clear()
         r = engine.generate(model, prompts, reply=reply, call_id=call, max_rows=max_rows, **kw)
+        assert r.begun.tolist() == [ends.get(i, 0) for i in range(12)]
         for number, (tokens, mask, logp) in enumerate(zip(r.tokens, r.mask, r.logp)):
             own = calls.get(number, [])
             given = {i + k for i in own for k in range(5)} & {*range(24)}
@@ -1360,14 +1374,17 @@ def test_a_looping_response_is_stopped(monkeypatch):
     with torch.no_grad():
         model.lm_head.weight *= 1e6  # every token is certain
 
-    def ended(*prompts, stop=6, eos=-1):
-        how = dict(max_new_tokens=9, eos_id=eos, seed=0, repetition_stop=stop)
+    def ended(*prompts, stop=6, eos=-1, **reply):
+        how = dict(max_new_tokens=9, eos_id=eos, seed=0, repetition_stop=stop) | reply
         r = engine.generate(model, list(prompts), **how)
         return [*zip(r.ended, r.lengths.tolist())], int(r.tokens[0, 2])
 
     both, third = ended([65], [66])
     assert both == [("repetition", 6)] * 2 and ended([65], stop=9)[0] == [("repetition", 9)]
     assert ended([65], stop=0) == ended([65], stop=3000) == ([("length", 9)], third)
+    replies = [[third] * 2, *[[]] * 9]  # tokens of a reply are not its own
+    answered = ended([65], call_id=third, reply=lambda *_: replies.pop(0))[0]
+    assert answered == [("repetition", 8)]
     first, second = ended([65], [66], eos=third)[0]  # its count survives the first one's removal
     assert first[0] == "eos" and second == ("repetition", 6)
     problem, limits = settings().held_out[:1], settings(repetition_stop=3).limits()  # a run's flag
@@ -1442,9 +1459,10 @@ def answer(patch, rewards, **changes):
         calls.append(types.SimpleNamespace(problems=problems, seed=seed, n=group_size, how=how))
         earned = list(enumerate(rewards(len(problems), group_size)))
         scores = [tasks.Score(float(r or 0), r == 1, r == 1, i % 4 == 0) for i, r in earned]
-        scores = [tasks.CRASHED if r is None else score for score, (_, r) in zip(scores, earned)]
+        scores = [tasks.crashed(0) if r is None else score for score, (_, r) in zip(scores, earned)]
         tokens = torch.arange(4 * len(earned)).view(-1, 4)
-        r = engine.Rollout(tokens, -tokens / 100, tokens >= 0, 4 + 0 * tokens[:, 0], ["eos"] * 99)
+        zeros = 0 * tokens[:, 0]
+        r = engine.Rollout(tokens, -tokens / 100, tokens >= 0, 4 + zeros, zeros, ["eos"] * 99)
         return r._replace(**changes), scores
 
     patch.setattr(engine, "rollout_weights", lambda model: model)
@@ -1498,12 +1516,12 @@ def test_a_response_earns_if_it_ended_after_the_token_and_a_crash_costs_one_rewa
     rows = [torch.tensor([*ids, eos]) for ids in ([token] * 4 + [spelled]) * 2]
     tokens, lengths = torch.nn.utils.rnn.pad_sequence(rows, True), torch.tensor([*map(len, rows)])
     ended = ["eos", "budget", "length", "repetition", "eos"] * 2
-    r = engine.Rollout(tokens, None, None, lengths, ended)
+    r = engine.Rollout(tokens, None, None, lengths, 0 * lengths, ended)
     monkeypatch.setattr(engine, "generate", lambda *_, **__: r)
     problems = [tasks.solve_mod("+314204="), Broken("mod", "+2=", "2", "2")]
     _, scores = experience.respond(small_model(), TOKENIZER, problems, 0, 5, max_new_tokens=99)
     assert [score.reward for score in scores] == [1.1, 1.1] + [0] * 8
-    assert [score is tasks.CRASHED for score in scores] == [False] * 5 + [True] * 2 + [False] * 3
+    assert [score.crashed for score in scores] == [False] * 5 + [True] * 2 + [False] * 3
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all("+2=" in line and "RecursionError" in line for line in lines)
 
@@ -1513,8 +1531,9 @@ def test_a_call_that_ends_a_turn_begins_another_if_it_is_answered(rollout):
     asked = []
 
     def reply(number, tokens):
+        first = number not in dict(asked)
         asked.append((number, len(tokens)))
-        return [9, 104, 8] if len(tokens) < 6 else []
+        return [9, 104, 8] if first and len(tokens) < 6 else []  # the 104 ends nothing
 
     r = engine.generate(model, prompts, reply=reply, call_id=104, **kw)
     early = [i for i in range(12) if plain.ended[i] == "eos" and plain.lengths[i] < 6]
@@ -1524,6 +1543,19 @@ def test_a_call_that_ends_a_turn_begins_another_if_it_is_answered(rollout):
         assert (n > was and r.tokens[i, was : was + 3].tolist() == [9, 104, 8]) == (i in early)
         assert i in early or (n, why) == (was, plain.ended[i])
         assert (why == "eos") == (r.tokens[i, n - 1] == 104)
+    asked.clear()
+    unused = dict(think_budget=99, think_end_id=next(i for i in range(256) if i not in r.tokens))
+    again = engine.generate(model, prompts, reply=reply, call_id=104, **unused, **kw)
+    assert again.ended == r.ended and torch.equal(again.tokens, r.tokens)  # no budget was needed
+    n = int(plain.lengths[early[0]])
+    r = engine.generate(model, prompts, reply=None, **{**kw, "max_new_tokens": n})
+    asked.clear()
+    again = engine.generate(model, prompts, reply=reply, call_id=104, **{**kw, "max_new_tokens": n})
+    assert again.ended[early[0]] == r.ended[early[0]] == "eos"  # its last token: nobody is asked
+    assert early[0] not in dict(asked)
+    for how in ({"reply": reply}, {"call_id": 104}):
+        with pytest.raises(ValueError, match="reply needs call_id"):
+            engine.generate(model, prompts, **how, **kw)
 
 
 def test_a_chat_model_is_told_of_tools_and_reads_results_in_m1s_own_turns(chat):
@@ -1535,15 +1567,19 @@ def test_a_chat_model_is_told_of_tools_and_reads_results_in_m1s_own_turns(chat):
     turns = {"system": problem.rules, "user": problem.prompt}.items()
     turns = [{"role": role, "content": text} for role, text in turns]
     assert t.decode(experience.prompt_ids(t, problem)) == chat_prompt(turns, [look])
-    how = experience.environment(t, [problem], 1)
-    assert how["call_id"] == t.eos_id
+    assert experience.Environment(t, [problem], 1).arguments()["call_id"] == t.eos_id
+    assert experience.Environment(t, [tasks.solve_mod("+31=")], 1).arguments() == {}
 
-    def reply(text):
-        return t.decode(how["reply"](0, [*t.encode(text), t.eos_id]))
+    def reply(text, calls=0):
+        environment = experience.Environment(t, [problem], 1)
+        environment.calls[0] = calls
+        said = t.decode(environment.reply(0, [*t.encode(text), t.eos_id]))
+        counts.append(environment.calls[0] - calls)
+        return said
 
     bad, found = ("error", "! no call of look(key)"), f"+{problem.digits}"
     call = '<tool_calls>\n{"name": "%s", "arguments": {"%s": "%s"}}\n</tool_calls>'
-    call = "<think>\n?</think>\n\n" + call
+    call, counts = "<think>\n?</think>\n\n" + call, []
     for name, word, result in (
         ("look", "key", found),
         ("look", "k", bad[1]),
@@ -1553,10 +1589,16 @@ def test_a_chat_model_is_told_of_tools_and_reads_results_in_m1s_own_turns(chat):
         turn = f"\n<beginning_of_sentence>tool name=tools\n{said}{begin}"
         assert reply(call % (name, word, key)) == turn
     assert "tool name: error" in reply("<tool_calls>{</tool_calls>")
-    assert reply("</think>4") == reply((call % ("look", "key", key) + turn) * 4) == ""
-    text = call % ("look", "key", key) + turn + f"<think>?</think>{problem.answer}"
-    score = tasks.score_chat(problem, text, True, "ai name=assistant\n")
+    one = call % ("look", "key", key)
+    assert reply("</think>4") == reply(one, calls=4) == ""
+    line = one.splitlines()[-2]
+    several = one.replace(line, "\n".join([line] * 6))
+    assert [reply(several, n).count("tool name: look") for n in (0, 3)] == [4, 1]
+    assert counts == [1, 1, 1, 1, 0, 0, 4, 1]  # each of a block is a call
+    score = tasks.score_chat(problem, f"<think>?</think>{problem.answer}", True, 1)
     assert (score.correct, score.calls, score.forked) == (True, 1, True)
+    with mock.patch.object(tasks.Problem, "use", lambda *_, **__: int("x")):
+        assert reply(one) == ""  # a tool's own error is a crash, not a malformed call
 
 
 def test_what_an_environment_wrote_gives_no_gradient_whatever_it_was(rollout):
@@ -1598,9 +1640,11 @@ def test_a_tool_answers_calls_of_any_form_a_few_times_and_its_bugs_cost_one_repl
     replies = {hidden.call: f"+{hidden.digits}=", f"..[{hidden.call}": f"+{hidden.digits}="}
     replies |= dict.fromkeys(["[]", "]", "[[0]", "[ 0\n]", f"[{hidden.call[1:-1]} ]", "[\0]"], "!=")
     assert {text: hidden.reply(text) for text in replies} == replies
-    worked = f"{hidden.opening}~{hidden.chain}</think>{hidden.answer}"
-    scores = [tasks.score(hidden, text) for text in (worked, "[1]!=" + worked, ".</think>9")]
+    worked = f"~{hidden.chain}</think>{hidden.answer}"
+    said = (worked, 1), (worked, 2), (".</think>9", 0)
+    scores = [tasks.score(hidden, text, calls=n) for text, n in said]
     assert [s.reward for s in scores] == pytest.approx([0.9, 0.7, 0.1])
+    assert tasks.score(hidden, worked.replace("~", "~]")).calls == 0  # nobody answered it
     assert [(s.calls, s.forked, s.value) for s in scores] == [
         (1, True, 0.8),
         (2, True, 0.6),
@@ -1610,32 +1654,63 @@ def test_a_tool_answers_calls_of_any_form_a_few_times_and_its_bugs_cost_one_repl
     assert not any(learned for pieces in told for text, learned in pieces if "=" in text)
     assert not any(pieces[0] == ("~", True) or pieces[0] == ("~", False) for pieces in told)
     plain = tasks.solve_mod("+31=")
-    forged = "<think>a</think>9 TURN<think>b</think>4"
-    assert tasks.score_chat(plain, forged, True, "TURN").reward == 0  # nothing to call
-    reply = experience.environment(TOKENIZER, [hidden, plain, shown], 2)["reply"]
+    environment = experience.Environment(TOKENIZER, [hidden, plain, shown], 2)
+    reply = environment.arguments()["reply"]
     call, said = (TOKENIZER.encode(text) for text in (hidden.call, f"+{hidden.digits}="))
     assert [reply(number, call) for number in range(4)] == [said, said, [], []]
-    assert [len(reply(0, call * n)) for n in (1, 4, 5)] == [7, 7, 0]
-    with mock.patch.object(tasks.Lookup, "reply", lambda *_: "x" * 10**6):
-        assert len(reply(0, call)) == 64
+    assert [len(reply(0, call)) for _ in range(4)] == [7, 7, 7, 0]
+    assert environment.calls == {0: 4, 1: 1}
+    with mock.patch.object(tasks.Lookup, "look", lambda self, key: "x" * 10**6):
+        assert len(reply(1, call)) == tasks.MOST_SAID + 1
     with mock.patch.object(tasks.Lookup, "reply", lambda *_: 1 / 0):
         assert reply(5, call) == []
     assert capsys.readouterr().out.count("the tool crashed on '+") == 1
 
 
+def test_a_tasks_own_function_that_hangs_prints_or_forks_raises_and_the_run_goes_on(capsys):
+    def raised(function, **how):
+        try:
+            with sandbox.bounded(**how):
+                function()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    def deaf():
+        while True:
+            with contextlib.suppress(Exception):
+                time.sleep(9)
+
+    assert raised(deaf, seconds=0.2) == "TimeoutError: it took more than 0.2 s"
+    assert (
+        raised(lambda: [print("x" * 99) for _ in range(10**9)]) == "ValueError: it prints too much"
+    )
+    assert capsys.readouterr().out.count("x") == 9900
+    parent = os.getpid()
+    assert raised(lambda: print(os.fork() == 0)) is None and os.getpid() == parent
+    assert raised(lambda: print("fine"), seconds=0.05) is None
+    time.sleep(0.1)  # no alarm is left
+
+
 def test_a_mix_draws_tasks_by_their_weights_which_move_over_the_steps(monkeypatch):
     even, mix = Mix("mod,walk,cups"), Mix("mod:2, walk:0-1 ,cups:1-0", 3)
-    assert [*even.turns(7, 0.3)] == ["mod", "walk", "cups"] * 2 + ["mod"]
-    shares = {0: (40, 0, 20), 0.5: (40, 10, 10), 1: (40, 20, 0)}
+    drawn = [p.task for p in Curriculum(even, Growth()).problems(0, 0.3)(7)]
+    assert drawn == ["mod", "walk", "cups"] * 2 + ["mod"]
+    shares = {0: (4000, 0, 2000), 0.5: (4000, 1000, 1000), 1: (4000, 2000, 0)}
     curriculum = Curriculum(mix, Growth(filter_problems=30))
     for progress, expected in shares.items():
-        drawn = [p.task for p in curriculum.problems(0, progress)(60)]
-        assert tuple(map(drawn.count, even.names)) == expected
+        draw = curriculum.problems(0, progress)
+        drawn = [
+            p.task for _ in range(1500) for p in draw(4)
+        ]  # a rare one comes in small steps too
+        assert [*map(drawn.count, even.names)] == pytest.approx(expected, abs=150)
     assert [p.task for p in mix.draw(random.Random(0), 6, held_out=True)] == even.names * 2
     curriculum.kept = 0, [True] * 9 + [False] * 21
     drawn = [p.task for p in curriculum.problems(0, 1)(3000)]
     assert drawn.count("cups") == 0 and 900 < drawn.count("walk") < 1100
-    for text in ("mod:", "mod:x", "mod:1-", "mod:-1", "mod:1-2-3", "mod:1..2", "mod:0", "mod:1-0"):
+    with pytest.raises(ValueError, match="names walk twice; give it a weight: walk:2"):
+        Mix("mod,walk,walk:2")
+    bad = "mod: mod:x mod:1- mod:-1 mod:1-2-3 mod:1..2 mod:0 mod:1-0 mod:1001 mod:1e3".split()
+    for text in bad:
         with pytest.raises(ValueError, match="--task.*(with a weight such as|all weights are 0)"):
             Mix(text)
 
@@ -2410,7 +2485,7 @@ def test_a_judge_pays_what_no_rule_pays_and_nothing_else_changes(judge, monkeypa
 
     def generate(model, prompts, group_size, **how):
         tokens = torch.tensor([row] * len(prompts) * group_size)
-        same = torch.zeros(tokens.shape), tokens >= 0, (tokens >= 0).sum(1)
+        same = torch.zeros(tokens.shape), tokens >= 0, (tokens >= 0).sum(1), 0 * tokens[:, 0]
         return engine.Rollout(tokens, *same, ["eos"] * len(tokens))
 
     def answered(**how):
@@ -2425,7 +2500,7 @@ def test_a_judge_pays_what_no_rule_pays_and_nothing_else_changes(judge, monkeypa
     monkeypatch.setattr(tasks.Open, "check", lambda *_: 1 / 0)  # a crash is not judged
     crashed = answered(judge=taught)
     assert [s.crashed for s in crashed] == [False, False, True, True] * 3
-    assert all(s == tasks.CRASHED for s in crashed if s.crashed)
+    assert all(s == tasks.crashed(0) for s in crashed if s.crashed)
 
 
 def test_a_run_is_paid_by_its_judge_and_keeps_groups_whose_grades_differ(judge, tmp_path):
@@ -2645,7 +2720,7 @@ def test_after_turns_the_cache_is_that_of_one_parallel_pass_and_nothing_was_read
     turns = ("hi", "user"), ("Ü?", "user"), ([{"name": "t", "text": "3"}], "tool"), ("so", "user")
     for seed, (content, role) in enumerate(turns):
         rollout = chat.reply(content, role, max_new_tokens=20, think_budget=3, seed=seed)
-        answer = TOKENIZER.decode(i for i in rollout.tokens[0].tolist() if i != TOKENIZER.eos_id)
+        answer = TOKENIZER.decode([i for i in rollout.tokens[0].tolist() if i != TOKENIZER.eos_id])
         history += [{"role": role, "content": content}, {"role": "assistant", "content": answer}]
         ended += rollout.ended
         # one prefill of the new turn, a step per token but the last, one pass over what closes it
@@ -2765,7 +2840,7 @@ def test_a_character_of_several_tokens_is_printed_whole_and_a_broken_one_as_u_ff
     def answer(content, role, on_tokens):
         for i in [*"日x".encode(), 0xE6, 0x97]:
             on_tokens(None, torch.tensor([i]))
-        return engine.Rollout(None, None, None, torch.tensor([6]), ["eos"])
+        return engine.Rollout(None, None, None, torch.tensor([6]), torch.tensor([0]), ["eos"])
 
     assert sample.stream(TOKENIZER, answer, None, "hi", "user") == "日x"
     assert capsys.readouterr().out == "日x\ufffd   [6 tokens, ended by eos]\n"
@@ -3504,6 +3579,11 @@ def test_resuming_refuses_other_settings_and_damaged_files(run, tmp_path, capsys
         refused(flags, message)
     refused("--lr 1", "lr would change", f"--eval {folder}")
     refused("", "no run.json", f"--resume {folder}/step-000003")
+    record = read_json(folder / "run.json")
+    record["flags"]["task"] = "mod,walk:0-1"
+    (folder / "run.json").write_text(json.dumps(record))
+    refused("--steps 9", "other --steps would move the weights of --task mod,walk:0-1")
+    shutil.copy(run[0] / "run.json", folder)
     for message, name, damage in DAMAGES:
         text, record = (folder / name).read_text(), read_json(folder / "run.json")
         lines = text.split("\n")
@@ -3620,9 +3700,8 @@ def test_an_environment_is_added_in_ten_lines_as_the_readme_says(
     exec(compile(code, "README", "exec"), vars(tasks))
     name = list(tasks.TASKS)[-1]
     problem = tasks.draw(random.Random(0), 1, [name], 4)[0]
-    text = f"{problem.opening}~{problem.chain}</think>{problem.answer}"
-    score = tasks.score(problem, text)
-    assert score.correct and score.calls == (name == "box") and score.forked
+    score = tasks.score(problem, f"~{problem.chain}</think>{problem.answer}")
+    assert score.correct and score.forked
     assert problem.opening in ("", f"[0]{problem.answer}=")
     train(tmp_path / "a", start.replace("--task mod", f"--task {name}") + "--steps 1")
 

@@ -150,7 +150,7 @@ class Flags:
     eval_samples: Fixed[int] = 8
     """responses to each held-out problem, for pass@1 and pass@k"""
     min_groups: Fixed[int] = 4
-    """fewest prompts with right and wrong answers that make an update; else draw more, twice"""
+    """fewest prompts whose answers' values differ that make an update; else draw more, twice"""
     mask_truncated: Fixed[bool] = False
     """a response cut by its length carries no loss, though its reward counts (DAPO)"""
 
@@ -201,7 +201,7 @@ class Flags:
         if self.growth.limits or self.sampling.max_new_tokens:  # of all windows the last
             return [self.sampling.max_new_tokens, *self.growth.limits][-1]
         mix = dataclasses.replace(self.mix, moves=moves or self.mix.moves)
-        hardest = tasks.draw(random.Random(0), len(mix.names), mix.names, mix.moves)
+        hardest = tasks.draw(random.Random(0), 32 * len(mix.names), mix.names, mix.moves)
         shown = [*hardest, *_held_out(mix, self.eval_problems)]
         right = max(len((p.opening + p.chain + p.answer).encode()) for p in shown)
         return right + 3 + 6  # fork, </think>, end; and room for detours
@@ -223,14 +223,14 @@ def _held_out(mix, n):
 
 
 def demonstrations(flags, rng, tokenizer, n, device):
-    """A Batch of n demonstrations. A fork that is not learned from stays visible as input."""
+    """A Batch of n demonstrations. What is not learned from, a fork say, stays visible as input."""
     least, most = flags.mix.moves, flags.growth.max_moves
     problems = flags.mix.draw(rng, n, rng.randint(least, most) if most else least)
     prompts = [tokenizer.encode(p.prompt) for p in problems]
     responses, learned = [], []
     for problem in problems:
         pieces = tasks.demonstration(problem, rng, flags.cold.fork_prior)
-        ids = [tokenizer.encode(text, specials=True) for text, _ in pieces]
+        ids = [tokenizer.encode(text, specials=own) for text, own in pieces]
         marks = [[own] * len(i) for i, (_, own) in zip(ids, pieces)]
         responses.append([*itertools.chain(*ids), tokenizer.eos_id])
         learned.append([*itertools.chain(*marks), True])
@@ -323,7 +323,7 @@ def train(flags):
             before_rl(run, model, tokenizer, flags, curriculum)
         for step in run.steps(flags.steps):  # step 0 is only evaluated
             row, families, drops, batch = {"step": step}, [], [], None
-            if step > 0:  # experience: G answers to each problem; groups that disagree are kept
+            if step > 0:  # experience: G answers to each problem; groups that differ are kept
                 seed = substream(flags.seed, "problems", step)
                 problems = curriculum.problems(seed, step / flags.steps)
                 longest = curriculum.limit or flags.longest(curriculum.moves)
@@ -450,7 +450,7 @@ def check_processes(flags):
 def check_lengths(flags, tokenizer, limit):
     """ValueError if prompts with their responses are longer than the model can take."""
     hardest = flags.growth.max_moves or flags.mix.moves
-    problems = tasks.draw(random.Random(0), len(flags.mix.names), flags.mix.names, hardest)
+    problems = tasks.draw(random.Random(0), 32 * len(flags.mix.names), flags.mix.names, hardest)
     prompt = max(len(prompt_ids(tokenizer, p)) for p in problems)
     longest = max(flags.longest(), flags.longest(hardest))
     if prompt + longest > limit:
@@ -592,6 +592,11 @@ def read_flags(argv):
     flags = parse(Flags, argv, title, unflat(Flags, old))
     may = CHANGEABLE if kind == "resume" else SCORED
     old = old or flat(Flags())
+    moving = flags.mix.shares(0) != flags.mix.shares(1)
+    if kind == "resume" and moving and flags.steps != old["steps"]:
+        raise ValueError(
+            f"--resume: other --steps would move the weights of --task {flags.mix.task}"
+        )
     changed = [name for name, x in flat(flags).items() if x != old[name] and name not in may]
     if changed:
         raise ValueError(f"--{kind}: {', '.join(changed)} would change; only {', '.join(may)} may")
