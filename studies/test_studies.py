@@ -69,9 +69,9 @@ def told(study):
 def test_recall_asks_for_every_digit_once_as_it_stands_in_the_text(tmp_path, capsys):
     for row, wanted in zip(*recall.texts(20, 120, "cpu")):
         text, asked = bytes(row.tolist()).decode(), "".join(map(chr, row[wanted].tolist()))
-        story, questions = text[:72], re.findall("([!?])([A-H])(\\d)", text[72:])
-        seen = {name: re.findall(rf"{name}(\d)", story) for name in "ABCDEFGH"}
-        assert len({(kind, name) for kind, name, _ in questions}) == 16
+        story, questions = text[:96], re.findall("([!?])([A-D])(\\d)", text[96:])
+        seen = {name: re.findall(rf"{name}(\d)", story) for name in "ABCD"}
+        assert len({(kind, name) for kind, name, _ in questions}) == 8
         assert [seen[name]["!?".index(kind)] for kind, name, _ in questions] == list(asked)
     recall.main(f"--quick --device cpu --out {tmp_path}".split())
     rows = common.read_csv(tmp_path / "recall.csv")
