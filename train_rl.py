@@ -613,8 +613,9 @@ def main(argv=None):
         return summary
     config = model_config(flags, flags.eval)
     device = parallel.start(choose_device(flags, config))
+    tokenizer = load_tokenizer(flags, flags.eval, config)
     model = load_model(flags, flags.eval, config, device)
-    scores, families = evaluate(model, load_tokenizer(flags, flags.eval, config), flags)
+    scores, families = evaluate(model, tokenizer, flags)
     told = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"{checkpoint.checkpoint_dir(flags.eval)}: {told}")
     if len(families) > 1:

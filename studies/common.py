@@ -23,9 +23,10 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -217,15 +218,16 @@ SEEDS = range(5)
 # the regime in which studies look: many updates per rollout, and a rare token that matters
 PRESSURE = {"updates_per_rollout": 16, "steps": 36, "eval_every": 3}
 PRESSURE |= {"eval_problems": 150, "eval_samples": 4}
+BASE = {"preset": "base", "device": "cuda", "moves": 10, "steps": 24}  # ... on one GPU
 RARE_FORK = {"fork_prior": 0.01}
 MIXED = {"min_moves": 2, "moves": 8}  # chains of 2 to 8 steps are responses of 6 to 12 tokens
-COLD = ("fork_prior", "sft_steps", "sft_skill")  # settings of a cold start alone
+COLD = ("fork_prior", "sft_steps", "sft_skill", "preset")  # settings of a cold start alone
 CHANGES = ("change", "always")  # of the code, see Study
-SHARED = ("seed", "always", *MIXED, *COLD)  # what a cold start has of its runs' settings
+SHARED = ("seed", "always", "device", *MIXED, *COLD)  # what a cold start has of its runs' settings
 QUICK = {"sft_steps": 40, "prompts": 16, "min_groups": 1, "eval_problems": 6, "eval_samples": 1}
 KEPT = """step accuracy eval_fork_rate correct fork_rate length entropy grad_norm ratio_max
 weight_clip_frac_high ppo_would_drop_frac ess prob_corr logp_gap_mean busiest_expert over_capacity
-groups window length_p99 perplexity negative_early negative_late""".split()
+groups window length_p99 perplexity negative_early negative_late seconds""".split()
 LABELS = {  # of columns in pictures, where the name alone does not tell
     "fork_rate": "fork rate in rollouts", "accuracy": "held-out accuracy",
     "entropy": "entropy, nats per token", "ess": "effective sample size, share",
@@ -275,11 +277,13 @@ def study_run(setting, seed, out, settings, *how):
     return [{"setting": setting, "seed": seed} | {c: row.get(c, "") for c in KEPT} for row in log]
 
 
-def in_processes(function, jobs, title):
-    """Rows of function(*job) for all jobs, each in a process of its own and of one thread."""
+def in_processes(function, jobs, title, at_once=None):
+    """Rows of function(*job) for all jobs, each in a process of its own and of one thread, as many
+    at a time as there are processors, or as at_once says.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"  # children read it when they import torch
     how = {"mp_context": get_context("spawn"), "max_tasks_per_child": 1}
-    with ProcessPoolExecutor(os.cpu_count(), **how) as pool:
+    with ProcessPoolExecutor(at_once or os.cpu_count(), **how) as pool:
         found = pool.map(function, *zip(*jobs))
         found = tqdm(found, total=len(jobs), desc=title, disable=None, leave=False)
         return [row for rows in found for row in rows]
@@ -301,9 +305,12 @@ class Study:
     beside: dict = field(default_factory=dict)  # {name: the one to compare it with, not the first}
     verdict: Callable | None = None  # {name: [log of every seed]} -> a last sentence
 
-    def run(self, quick=False):
+    def run(self, quick=False, seeds=SEEDS):
         """Rows of NAME.csv: setting, seed and what log.csv says, for every step of every run."""
-        starts, runs, seeds = {}, [], SEEDS[:1] if quick else SEEDS
+        starts, runs, seeds = {}, [], seeds[:1] if quick else seeds
+        at_once = (
+            2 if self.flags.get("device") == "cuda" else None
+        )  # of base, while one is on the host
         with tempfile.TemporaryDirectory() as folder:
             for seed, (name, own) in itertools.product(seeds, self.settings.items()):
                 settings = PRESSURE | self.flags | own | {"seed": seed}
@@ -312,14 +319,24 @@ class Study:
                 start, *_ = starts.setdefault(str(cold), new)
                 settings |= {"init": start}
                 runs.append((name, seed, f"{folder}/{name}-{seed}", settings, quick))
-            in_processes(train_run, list(starts.values()), "cold starts")
-            return in_processes(study_run, runs, "runs")
+            in_processes(train_run, list(starts.values()), "cold starts", at_once)
+            return in_processes(study_run, runs, "runs", at_once)
 
     def show(self, flags):
         """Run it, or with --redraw read its CSV; picture, table, what each setting changes beside
-        its base.
+        its base. With --preset base the same on a GPU, with a CSV and a picture of its own.
         """
-        rows = recorded(flags, self.name, self.run)
+        if flags.preset == "base" and not self.name.endswith("-base"):
+            bigger = replace(self, name=f"{self.name}-base", flags=self.flags | BASE)
+            return bigger.show(flags)
+
+        def measure(quick):
+            path = Path(flags.out) / f"{self.name}.csv"
+            seeds = [int(seed) for seed in flags.seeds.split(",")]
+            kept = read_csv(path) if flags.seeds != Flags.seeds and path.exists() else []
+            return [row for row in kept if row["seed"] not in seeds] + self.run(quick, seeds)
+
+        rows = recorded(flags, self.name, measure)
         logs = {name: list(by(its, "seed").values()) for name, its in by(rows, "setting").items()}
         n = len(next(iter(logs.values())))
         title = f"{self.title} (median and range of {n} seeds)"
@@ -380,8 +397,14 @@ class Flags:
     """only tell and draw again, from the CSV files that are there"""
     quick: bool = False
     """tiny sizes, to see that it works; needs --out"""
+    preset: Literal["tiny", "base"] = "tiny"
+    """base: settings compared on one GPU at 649 M parameters, into NAME-base.csv"""
+    seeds: str = "0,1,2,3,4"
+    """seeds of settings compared; of others the CSV keeps what it has"""
 
     def __post_init__(self):
+        if not all(seed.isdecimal() for seed in self.seeds.split(",")):
+            raise ValueError(f"--seeds must be numbers such as 0,1, found {self.seeds!r}")
         if self.quick and self.out == "figures":
             raise ValueError("--quick makes numbers that mean nothing; keep them out: --out DIR")
 

@@ -81,6 +81,31 @@ def test_recall_asks_for_every_digit_once_as_it_stands_in_the_text(tmp_path, cap
     assert "7 : 1 (M1)" in capsys.readouterr().out
 
 
+def test_a_study_at_base_writes_its_own_csv_where_other_seeds_keep_their_rows(
+    tmp_path, monkeypatch, capsys
+):
+    def one_by_one(function, jobs, title, at_once=None):
+        asked.append(at_once)
+        return [row for job in jobs for row in function(*job)]
+
+    asked = []
+    monkeypatch.setattr(common, "in_processes", one_by_one)
+    monkeypatch.setattr(common, "BASE", {"preset": "tiny", "moves": 3, "steps": 1})
+    plan = common.Study("study", "title", {"a": {}, "b": {"lr": 1e-3}})
+    how = {"out": str(tmp_path), "quick": True, "preset": "base"}
+    for seed in (1, 0, 1):
+        plan.show(common.Flags(seeds=str(seed), **how))
+    rows = common.by(common.read_csv(tmp_path / "study-base.csv"), "setting", "seed")
+    assert [*rows] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert all([row["step"] for row in log] == [0, 1] for log in rows.values())
+    assert all(log[1]["seconds"] > 0 for log in rows.values()) and asked == [None] * 6
+    assert (
+        tmp_path / "study-base.png"
+    ).exists() and "median over 2 seeds" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--seeds must be numbers such as 0,1, found '0,x'"):
+        common.Flags(seeds="0,x")
+
+
 # ---- what is written is what the committed CSVs say
 
 
