@@ -6,7 +6,9 @@ The study itself, then one run of ten steps from inside: the sizes of all gradie
 between those of successive updates.
 """
 
+import collections
 import tempfile
+from functools import partial
 from unittest import mock
 
 import train_rl
@@ -28,28 +30,30 @@ PLAN = common.Study(
 )
 
 
-def watch_gradients(quick):
+def watch_gradients(size, quick):
     """Rows of adam-gradients.csv: exponent and share of all non-zero gradients, then update and the
-    cosine of the angle to the one before.
+    cosine of the angle to the one before. size: flags of the cold start.
     """
-    gradients, clip = [], train_rl.clip
+    counts, cosines, last, clip = collections.Counter(), [], [], train_rl.clip
 
     def watched(model, max_norm):
         norm = clip(model, max_norm)
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        now = torch.cat([p.grad.flatten() for p in model.parameters()])
+        exponents = now[now != 0].abs().log10().floor().int().unique(return_counts=True)
+        counts.update(dict(zip(*(x.tolist() for x in exponents))))
+        cosines.extend(float(torch.nn.functional.cosine_similarity(now, x, dim=0)) for x in last)
+        last[:] = [now]
         return norm
 
     with tempfile.TemporaryDirectory() as folder:
         cold = f"{folder}/cold"
-        common.train_run(cold, {"steps": 0}, quick)
+        common.train_run(cold, size | {"steps": 0}, quick)
+        how = {"init": cold, "steps": 10, "device": size.get("device", "cpu")}
         with mock.patch.object(train_rl, "clip", watched):
-            common.train_run(f"{folder}/run", {"init": cold, "steps": 10}, quick)
-    sizes = torch.cat(gradients).abs()
-    exponents, counts = sizes[sizes > 0].log10().floor().int().unique(return_counts=True)
-    shares = zip(exponents.tolist(), (counts / counts.sum()).tolist())
-    rows = [{"exponent": n, "share": f"{share:.4g}"} for n, share in shares]
-    for update, pair in enumerate(zip(gradients, gradients[1:]), 1):
-        cosine = float(torch.nn.functional.cosine_similarity(*pair, dim=0))
+            common.train_run(f"{folder}/run", how, quick)
+    total = counts.total()
+    rows = [{"exponent": n, "share": f"{counts[n] / total:.4g}"} for n in sorted(counts)]
+    for update, cosine in enumerate(cosines, 1):
         rows.append({"update": update, "cosine": f"{cosine:.4f}"})
     return rows
 
@@ -57,10 +61,13 @@ def watch_gradients(quick):
 def study(flags):
     """Run both, or read them; tables, sentences and pictures."""
     PLAN.show(flags)
-    rows = common.recorded(flags, "adam-gradients", watch_gradients)
+    name, size = "adam-gradients", {}
+    if flags.preset == "base":
+        name, size = f"{name}-base", common.BASE
+    rows = common.recorded(flags, name, partial(watch_gradients, size))
     sizes = {row["exponent"]: row["share"] for row in rows if "share" in row}
     angles = {row["update"]: row["cosine"] for row in rows if "cosine" in row}
-    with common.picture(flags, "adam-gradients", 2, (10, 3.4)) as (left, right):
+    with common.picture(flags, name, 2, (10, 3.4)) as (left, right):
         left.bar(*zip(*sizes.items()), align="edge", width=0.9)
         left.set(title="sizes of gradients", xlabel="log10 |g|", ylabel="share of all")
         right.plot(*zip(*angles.items()), "o-", ms=3)
