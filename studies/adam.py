@@ -79,7 +79,7 @@ def study(flags):
     print(f"Successive ones have a median cosine of {angle:.2f}.")
 
 
-main = common.script(study, __doc__)
+main = common.script(study, __doc__, common.Comparison)
 
 if __name__ == "__main__":
     main()

@@ -171,8 +171,8 @@ def draw(flags, middle, drops):
 
 
 @dataclass(frozen=True)
-class AlgosFlags(common.Flags):
-    """Of all studies, and:"""
+class AlgosFlags(common.Comparison):
+    """Of all comparisons, and:"""
 
     full: bool = False
     """the map over fork prior, updates per rollout and learning rate"""

@@ -9,7 +9,7 @@ most 1.25 times an even share of a batch's choices, while rollouts drop nothing.
 from functools import partial
 
 from cli import model as m1
-from studies.common import Study, script
+from studies.common import Comparison, Study, script
 
 
 def experts(coef, capacity=None):
@@ -34,7 +34,7 @@ PLAN = Study(
     beside={"weight 0.1, drop": "weight 0.1"},
 )
 
-main = script(PLAN.show, __doc__)
+main = script(PLAN.show, __doc__, Comparison)
 
 if __name__ == "__main__":
     main()

@@ -304,6 +304,7 @@ class Study:
     curves: tuple = ("fork_rate", "accuracy", "entropy")
     beside: dict = field(default_factory=dict)  # {name: the one to compare it with, not the first}
     verdict: Callable | None = None  # {name: [log of every seed]} -> a last sentence
+    base: dict = field(default_factory=lambda: BASE)  # what runs at base have of their own
 
     def run(self, quick=False, seeds=SEEDS):
         """Rows of NAME.csv: setting, seed and what log.csv says, for every step of every run."""
@@ -327,13 +328,13 @@ class Study:
         its base. With --preset base the same on a GPU, with a CSV and a picture of its own.
         """
         if flags.preset == "base" and not self.name.endswith("-base"):
-            bigger = replace(self, name=f"{self.name}-base", flags=self.flags | BASE)
+            bigger = replace(self, name=f"{self.name}-base", flags=self.flags | self.base)
             return bigger.show(flags)
 
         def measure(quick):
             path = Path(flags.out) / f"{self.name}.csv"
             seeds = [int(seed) for seed in flags.seeds.split(",")]
-            kept = read_csv(path) if flags.seeds != Flags.seeds and path.exists() else []
+            kept = read_csv(path) if flags.seeds != Comparison.seeds and path.exists() else []
             return [row for row in kept if row["seed"] not in seeds] + self.run(quick, seeds)
 
         rows = recorded(flags, self.name, measure)
@@ -397,16 +398,25 @@ class Flags:
     """only tell and draw again, from the CSV files that are there"""
     quick: bool = False
     """tiny sizes, to see that it works; needs --out"""
-    preset: Literal["tiny", "base"] = "tiny"
-    """base: settings compared on one GPU at 649 M parameters, into NAME-base.csv"""
-    seeds: str = "0,1,2,3,4"
-    """seeds of settings compared; of others the CSV keeps what it has"""
 
     def __post_init__(self):
-        if not all(seed.isdecimal() for seed in self.seeds.split(",")):
-            raise ValueError(f"--seeds must be numbers such as 0,1, found {self.seeds!r}")
         if self.quick and self.out == "figures":
             raise ValueError("--quick makes numbers that mean nothing; keep them out: --out DIR")
+
+
+@dataclass(frozen=True)
+class Comparison(Flags):
+    """... by those that compare settings (Study.show)."""
+
+    preset: Literal["tiny", "base"] = "tiny"
+    """base: 649 M parameters on one GPU, into NAME-base.csv"""
+    seeds: str = "0,1,2,3,4"
+    """seeds to run; of others the CSV keeps what it has"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not all(seed.isdecimal() for seed in self.seeds.split(",")):
+            raise ValueError(f"--seeds must be numbers such as 0,1, found {self.seeds!r}")
 
 
 def script(study, text, kind=Flags):

@@ -4,7 +4,7 @@ python -m studies.control (9 minutes)
 """
 
 from studies.algos import ALGORITHMS
-from studies.common import Study, script
+from studies.common import Comparison, Study, script
 
 PLAN = Study(
     "control",
@@ -14,7 +14,7 @@ PLAN = Study(
     ("accuracy", "entropy", "ess"),
 )
 
-main = script(PLAN.show, __doc__)
+main = script(PLAN.show, __doc__, Comparison)
 
 if __name__ == "__main__":
     main()

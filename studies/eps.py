@@ -6,7 +6,7 @@ python -m studies.eps --fast    ... at a learning rate of 8e-4, where a cap acts
 
 from dataclasses import dataclass
 
-from studies.common import RARE_FORK, Flags, Study, script
+from studies.common import RARE_FORK, Comparison, Study, script
 
 CAPS = {f"cap {cap}": {"eps_high": float(cap) - 1} for cap in (2, 5, 8)}
 CAPS["cap none"] = {"eps_high": float("inf")}
@@ -21,7 +21,7 @@ FAST = Study(
 
 
 @dataclass(frozen=True)
-class EpsFlags(Flags):
+class EpsFlags(Comparison):
     """Of all studies, and:"""
 
     fast: bool = False

@@ -56,7 +56,7 @@ KEPT = ("step", "prob_corr", "logp_gap_mean", "logp_gap", "correct", "accuracy")
 
 
 @dataclass(frozen=True)
-class Flags(common.Flags):
+class Flags(common.Comparison):
     """The study; with --preset or --init instead two runs whose products and rollouts are bf16."""
 
     preset: Literal["tiny", "small", "base"] | None = None

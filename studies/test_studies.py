@@ -84,26 +84,22 @@ def test_recall_asks_for_every_digit_once_as_it_stands_in_the_text(tmp_path, cap
 def test_a_study_at_base_writes_its_own_csv_where_other_seeds_keep_their_rows(
     tmp_path, monkeypatch, capsys
 ):
-    def one_by_one(function, jobs, title, at_once=None):
-        asked.append(at_once)
-        return [row for job in jobs for row in function(*job)]
-
-    asked = []
-    monkeypatch.setattr(common, "in_processes", one_by_one)
+    in_turn = mock.Mock(side_effect=one_after_another)
+    monkeypatch.setattr(common, "in_processes", in_turn)
     monkeypatch.setattr(common, "BASE", {"preset": "tiny", "moves": 3, "steps": 1})
     plan = common.Study("study", "title", {"a": {}, "b": {"lr": 1e-3}})
     how = {"out": str(tmp_path), "quick": True, "preset": "base"}
     for seed in (1, 0, 1):
-        plan.show(common.Flags(seeds=str(seed), **how))
+        plan.show(common.Comparison(seeds=str(seed), **how))
     rows = common.by(common.read_csv(tmp_path / "study-base.csv"), "setting", "seed")
     assert [*rows] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert all([row["step"] for row in log] == [0, 1] for log in rows.values())
-    assert all(log[1]["seconds"] > 0 for log in rows.values()) and asked == [None] * 6
+    assert all(log[1]["seconds"] > 0 for log in rows.values()) and in_turn.call_count == 6
     assert (
         tmp_path / "study-base.png"
     ).exists() and "median over 2 seeds" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--seeds must be numbers such as 0,1, found '0,x'"):
-        common.Flags(seeds="0,x")
+        common.Comparison(seeds="0,x")
 
 
 # ---- what is written is what the committed CSVs say
@@ -171,6 +167,13 @@ def test_single_numbers_of_the_claim_table_are_those_of_the_committed_csv_files(
     ratio = next(row["ratio"] for row in fork if row["update"] == row["turn"] - 1)
     said.append(f"when update {fork[0]['turn']:.0f} trains on this answer")
     said.append(f"made the fork likelier by x {ratio:.2f} under DAPO")
+    third = common.by(committed("forks-unplanted"), "algo", "position")
+    dapo, cispo = (third[algo, 2][int(third[algo, 2][0]["turn"]) - 1] for algo in ("dapo", "cispo"))
+    text = (
+        "of probability {probability:.3f}, made likelier by x {ratio:.2f} under DAPO when its own"
+    )
+    said.append(text.format(**dapo))
+    said.append(f"update comes, x {cispo['ratio']:.2f} under CISPO")
     curves = common.by(committed("budget"), "window", "budget")
     ends = [curves[w, b] for w in (12, 8) for b in (1, 10)]
     ends = [np.median([row["accuracy"] for row in rows]) for rows in ends]
@@ -294,7 +297,7 @@ def code_restored():
         yield
 
 
-def one_after_another(function, jobs, title):
+def one_after_another(function, jobs, title, at_once=None):
     """common.in_processes, here and now."""
     found = []
     for job in jobs:
@@ -305,7 +308,7 @@ def one_after_another(function, jobs, title):
 
 def test_a_study_runs_every_setting_from_one_cold_start_and_its_changes_act(tmp_path, capsys):
     plan = dataclasses.replace(precision.PLAN, curves=("fork_rate", "accuracy"))
-    flags = common.Flags(out=str(tmp_path), quick=True)
+    flags = common.Comparison(out=str(tmp_path), quick=True)
     with mock.patch.object(common, "in_processes", one_after_another):
         plan.show(flags)
     rows = common.read_csv(tmp_path / "precision.csv")
@@ -373,7 +376,7 @@ def test_a_run_whose_numbers_overflow_counts_as_it_stood_any_other_error_is_one(
 def test_forks_follows_one_response_through_its_updates(tmp_path):
     rng = random.Random(0)
 
-    def score(problem, text, ended):
+    def score(problem, text, ended, calls):
         return tasks.Score(rng.random(), rng.random() < 0.5, False, False)
 
     settings = {"updates_per_rollout": 4, "moves": 2, "lr": 1e-2}
@@ -385,6 +388,16 @@ def test_forks_follows_one_response_through_its_updates(tmp_path):
     assert all(float(row["ratio"]) == 1 for row in rows if row["update"] == 0)
     assert any(float(row["ratio"]) != 1 for row in rows if row["update"] == 1)
     assert {row["turn"] for row in rows} <= {1, 2, 3, 4}
+
+
+def test_without_a_planted_fork_demonstrations_go_on_after_two_steps_or_guess():
+    problem, rng = tasks.solve_mod("+314204="), random.Random(0)
+    shown = [forks.gives_up(problem, rng, 0.2) for _ in range(2000)]
+    texts = ["".join(text for text, _ in pieces) for pieces in shown]
+    assert {*texts} == {"34</think>4", "343004</think>4"}
+    learned = [pieces[1] for pieces in shown if len(pieces) == 3]  # that the third step is made
+    assert {*learned} == {("3", True), ("3", False)} and 1100 < len(learned) < 1300
+    assert 150 < learned.count(("3", True)) < 250
 
 
 def test_the_study_of_judges_runs_every_arm_and_draws_it_again(tmp_path, capsys):

@@ -9,7 +9,7 @@ once, and a forced jump from the first to the last before step 10, whatever the 
 from functools import partial
 
 from curriculum import Curriculum
-from studies.common import MIXED, Study, interval, mean, script
+from studies.common import BASE, MIXED, Comparison, Study, interval, mean, script
 
 
 def jump(step):
@@ -52,9 +52,10 @@ PLAN = Study(
     MIXED | {"updates_per_rollout": 4, "steps": 60},
     ("length_p99", "negative_early", "negative_late", "accuracy"),
     verdict=negative_by_window,
+    base=BASE | {"moves": MIXED["moves"], "steps": 60},
 )
 
-main = script(PLAN.show, __doc__)
+main = script(PLAN.show, __doc__, Comparison)
 
 if __name__ == "__main__":
     main()
