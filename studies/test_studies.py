@@ -74,9 +74,9 @@ def test_recall_asks_for_every_digit_once_as_it_stands_in_the_text(tmp_path, cap
         assert len({(kind, name) for kind, name, _ in questions}) == 8
         assert [seen[name]["!?".index(kind)] for kind, name, _ in questions] == list(asked)
     recall.main(f"--quick --device cpu --out {tmp_path}".split())
-    rows = common.read_csv(tmp_path / "recall.csv")
+    rows = common.read_csv(tmp_path / "recall-tiny.csv")
     assert {row["softmax_every"] for row in rows} == {0, 1, 8} and (
-        tmp_path / "recall.png"
+        tmp_path / "recall-tiny.png"
     ).exists()
     assert "7 : 1 (M1)" in capsys.readouterr().out
 
