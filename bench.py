@@ -291,8 +291,9 @@ def our_side():
 
     def experience(prompts, n):
         rollout, asked = generate(prompts, n, group_size=G), prompts.repeat_interleave(G, 0)
-        found = rollout.tokens.tolist(), rollout.mask, "cpu", [0.0, 1.0] * (len(asked) // 2)
-        return make_batch(asked.tolist(), *found, rollout.logp)
+        rewards, mask = [0.0, 1.0] * (len(asked) // 2), rollout.mask.flatten()
+        found = rollout.tokens.tolist(), mask, "cpu", rewards, rollout.logp.flatten()
+        return make_batch(asked.tolist(), *found)
 
     def logp(part):
         logp, _, aux = trained_logp(model, part)

@@ -78,21 +78,21 @@ class Batch(NamedTuple):
 
 def make_batch(prompts, responses, learned, device, rewards=None, infer_logp=None):
     """N prompts and responses (lists of token ids) -> Batch. learned and infer_logp hold a value
-    for every token of a response: whether it carries loss, and what the sampler recorded.
+    for every token of all responses in a row: whether it carries loss, what the sampler recorded.
     """
 
     def align(values):  # (N, L - 1), zeros at prompts and padding
-        if [*map(len, values)] != [*map(len, responses)]:
+        flat = torch.as_tensor(values)
+        if len(flat) != sum(lengths):
             raise ValueError("every token of a response needs one value")
-        flat = torch.cat([torch.as_tensor(v, device="cpu") for v in values]).to(device)
-        return flat.new_zeros(here.shape).masked_scatter(here, flat)
+        return flat.new_zeros(here.shape).masked_scatter(here, flat).to(device)
 
     tokens, mask = engine.left_pad([[*p, *r] for p, r in zip(prompts, responses)], 0, device)
-    n, width = torch.tensor([len(r) for r in responses], device=device), tokens.shape[1] - 1
-    here = torch.arange(width, device=device) >= width - n[:, None]  # responses end on the right
+    lengths, width = [*map(len, responses)], tokens.shape[1] - 1
+    here = torch.arange(width) >= width - torch.tensor(lengths)[:, None]  # they end on the right
     if rewards is None:
         return Batch(tokens, mask, align(learned))
-    rewards = torch.tensor(rewards, device=device)
+    rewards = torch.as_tensor(rewards, device=device)
     return Batch(tokens, mask, align(learned), rewards, align(infer_logp))
 
 
@@ -420,8 +420,9 @@ def collect(model, tokenizer, problems, flags, sampling, step, judge=None):
     are drawn, twice at most. Returns a Batch of the kept groups, None if there are still too few;
     means over everything sampled, dropped groups included; and rows by_family.
     """
-    start, rollout_s, rows, tried = time.perf_counter(), 0.0, [], []
+    start, rollout_s, tried = time.perf_counter(), 0.0, []
     scores, lengths, rewards, logp = [], [], [], []  # of everything sampled
+    prompts, responses, parts = [], [], []  # of what is kept
     G, buffer, how = flags.group_size, flags.recipe.overlong_buffer, dataclasses.asdict(sampling)
     how |= {"judge": judge} if judge else {}
     for attempt in range(3):
@@ -433,19 +434,20 @@ def collect(model, tokenizer, problems, flags, sampling, step, judge=None):
         kept = torch.tensor([s.value for s in new])
         kept = cispo.informative_groups(kept, G).repeat_interleave(G)
         tried += asked
-        prompts, lasted = [prompt_ids(tokenizer, p) for p in asked], rollout.lengths.tolist()
-        drawn = rollout.tokens.tolist()
         scores += new
         rewards += earned.tolist()
-        for i in kept.nonzero()[:, 0].tolist():
-            n, silent = lasted[i], flags.mask_truncated and rollout.ended[i] == "length"
-            learned = rollout.mask[i, :n] & (not silent)
-            recorded = rollout.logp[i, :n]
-            rows.append((prompts[i // G], drawn[i][:n], learned, rewards[i - len(new)], recorded))
-        lengths += lasted
+        lengths += rollout.lengths.tolist()
         logp.append(rollout.logp[rollout.mask])
         rollout_s += rollout.seconds
-        if len(rows) >= flags.min_groups * G:
+        begun, rows = [prompt_ids(tokenizer, p) for p in asked], kept.nonzero()[:, 0].tolist()
+        prompts += [begun[i // G] for i in rows]
+        own = zip(rollout.tokens[rows].tolist(), rollout.lengths[rows].tolist())
+        responses += [row[:n] for row, n in own]
+        cut = torch.tensor([flags.mask_truncated and why == "length" for why in rollout.ended])
+        learned = rollout.mask & ~cut[:, None]
+        here = torch.arange(learned.shape[1]) < rollout.lengths[:, None]
+        parts.append([x[rows][here[rows]] for x in (learned, rollout.logp)] + [earned[rows]])
+        if len(prompts) >= flags.min_groups * G:
             break
     seen = {
         "reward": fmean(rewards),
@@ -456,14 +458,14 @@ def collect(model, tokenizer, problems, flags, sampling, step, judge=None):
         "length_p99": sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1],
         "perplexity": math.exp(-float(torch.cat(logp).mean())),
         "crashes": sum(s.crashed for s in scores),
-        "groups": len(rows) // G,
+        "groups": len(prompts) // G,
         "sampled_groups": len(scores) // G,
         "rollout_s": rollout_s,
         "reward_s": time.perf_counter() - start - rollout_s,
     }
     families, batch = by_family("rollouts", tried, G, scores, lengths), None
     if seen["groups"] >= flags.min_groups:
-        prompts, responses, learned, earned, recorded = zip(*rows)
+        learned, recorded, earned = map(torch.cat, zip(*parts))
         batch = make_batch(prompts, responses, learned, model.device, earned, recorded)
     return batch, seen, families
 

@@ -112,7 +112,7 @@ class Judge:
                     label = VERDICTS[(worth > least) - (worth < least) + 1]
                 prompts.append(self._ask(x.question, first, x.answer, beside))
                 labels.append(self.tokenizer.encode(label))
-            imitate(make_batch(prompts, labels, [[True]] * batch_size, self.model.device))
+            imitate(make_batch(prompts, labels, [True] * batch_size, self.model.device))
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 30, 2 - 2 * step / steps, 1)
             optimizer.step()

@@ -1186,8 +1186,8 @@ def batch_of(prompts, r, rewards=None):
     """What was sampled, a group for each of the prompts (token ids), as a Batch."""
     lengths = r.lengths.tolist()
     rows, logp = ([x[:n].tolist() for x, n in zip(of, lengths)] for of in (r.tokens, r.logp))
-    prompts = [p for p in prompts for _ in range(len(rows) // len(prompts))]
-    return experience.make_batch(prompts, rows, [[True] * n for n in lengths], "cpu", rewards, logp)
+    prompts, logp = [p for p in prompts for _ in range(len(rows) // len(prompts))], sum(logp, [])
+    return experience.make_batch(prompts, rows, [True] * sum(lengths), "cpu", rewards, logp)
 
 
 def test_responses_are_padded_behind_their_end_and_carry_the_log_probs_of_training(rollout):
@@ -1214,7 +1214,7 @@ def test_demonstrations_packed_to_one_size_give_the_same_gradients(monkeypatch):
     monkeypatch.setattr(engine, "captured", captured)
     for longest in (4, 40, 12, 60):  # what was captured for the first serves, or does not
         rows = [[rng.randrange(256) for _ in range(longest - i)] for i in (0, 3)]
-        batch = experience.make_batch([[1], [2, 3]], rows, [[True] * len(r) for r in rows], "cpu")
+        batch = experience.make_batch([[1], [2, 3]], rows, [True] * len(sum(rows, [])), "cpu")
         loss, right = plain(batch), [p.grad for p in model.parameters()]
         with monkeypatch.context() as patch:
             patch.setattr(experience, "capturable", lambda *_: True)
@@ -1312,7 +1312,7 @@ def test_bf16_rollouts_on_a_gpu_agree_with_training_in_bf16():
     lengths = r.lengths.tolist()
     rows = [x[:n].tolist() for x, n in zip(r.tokens, lengths)]
     asked = [p for p in prompts for _ in range(4)]
-    batch = experience.make_batch(asked, rows, [[True] * n for n in lengths], "cuda")
+    batch = experience.make_batch(asked, rows, [True] * sum(lengths), "cuda")
     with torch.no_grad():
         logp, _, _ = experience.trained_logp(model, batch)
     assert cispo.prob_correlation(logp[batch.trained], r.logp[r.mask]) > 0.999
@@ -1604,8 +1604,8 @@ def test_a_chat_model_is_told_of_tools_and_reads_results_in_m1s_own_turns(chat):
 def test_what_an_environment_wrote_gives_no_gradient_whatever_it_was(rollout):
     model, (_, prompts, _, r) = small_model(vocab_size=272), rollout
     rows = [x[:n].tolist() for x, n in zip(r.tokens, r.lengths.tolist())]
-    drawn = [[i % 3 > 0 for i in range(len(row))] for row in rows]
-    asked, logp = [p for p in prompts for _ in range(4)], [[-1.0] * len(row) for row in rows]
+    drawn = [i % 3 > 0 for row in rows for i in range(len(row))]
+    asked, logp = [p for p in prompts for _ in range(4)], [-1.0] * len(drawn)
     batch = experience.make_batch(asked, rows, drawn, "cpu", [0.0, 1.0] * 6, logp)
 
     class Otherwise:  # as what comes next, not as what was read
@@ -1930,7 +1930,7 @@ def test_rates_of_rl_fit_the_width_and_warm_up_to_their_cap_and_stay_there(tmp_p
 
 def test_negative_gradient_is_logged_by_position_and_load_beyond_capacity(tmp_path, monkeypatch):
     flags = dict(prompts=1, group_size=2, max_new_tokens=8, updates_per_rollout=1, lr=1e-12)
-    how = [[True] * 4, [True] * 8], "cpu", [1.0, 0.0], [[0.0] * 4, [0.0] * 8]  # the long is wrong
+    how = [True] * 12, "cpu", [1.0, 0.0], [0.0] * 12  # the long is wrong
     batch = experience.make_batch([[5]] * 2, [[7] * 4, [8] * 8], *how)
     row = rl(tmp_path / "a", tiny_model(), batch, **flags)[0][1]
     assert (row["negative_early"], row["negative_late"]) == (0.5, 1.0)

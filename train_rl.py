@@ -233,7 +233,7 @@ def demonstrations(flags, rng, tokenizer, n, device):
         ids = [tokenizer.encode(text, specials=own) for text, own in pieces]
         marks = [[own] * len(i) for i, (_, own) in zip(ids, pieces)]
         responses.append([*itertools.chain(*ids), tokenizer.eos_id])
-        learned.append([*itertools.chain(*marks), True])
+        learned += [*itertools.chain(*marks), True]
     return make_batch(prompts, responses, learned, device)
 
 

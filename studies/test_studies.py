@@ -448,7 +448,7 @@ def ratio_error():
     model, prompts = load_pretrained(HERE.parent / "parity"), torch.arange(64).view(8, 8).tolist()
     kw = dict(max_new_tokens=16, temperature=0.7, eos_id=-1, seed=0)
     rollout = engine.generate(model, prompts, **kw)
-    tokens, mask = rollout.tokens.tolist(), rollout.mask.tolist()
+    tokens, mask = rollout.tokens.tolist(), rollout.mask.flatten()
     batch = experience.make_batch(prompts, tokens, mask, "cpu")
     logp, _, _ = experience.trained_logp(model, batch, 0.7)
     return float((logp[batch.trained] - rollout.logp[rollout.mask]).expm1().abs().max())
