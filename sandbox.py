@@ -377,6 +377,14 @@ class _Late(BaseException):  # which an `except Exception` does not hold up
     pass
 
 
+@cache
+def _alarm():
+    def late(*_):
+        raise _Late
+
+    signal.signal(signal.SIGALRM, late)
+
+
 class _Few(io.TextIOBase):
     """A file that takes so many characters more."""
 
@@ -396,13 +404,10 @@ def bounded(seconds=20, characters=10_000):
     TimeoutError or ValueError, and a fork that it does not end ends here.
     """
 
-    def late(*_):
-        raise _Late
-
     own, timed = os.getpid(), threading.current_thread() is threading.main_thread()
     timed = timed and hasattr(signal, "setitimer")
     if timed:
-        before = signal.signal(signal.SIGALRM, late)
+        _alarm()
         signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         with contextlib.redirect_stdout(_Few(sys.stdout, characters)):
@@ -414,4 +419,3 @@ def bounded(seconds=20, characters=10_000):
             os._exit(0)
         if timed:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
