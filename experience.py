@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import cispo
 import engine
+import environments
 import parallel
 import sandbox
 import tasks
@@ -228,9 +229,9 @@ def prompt_ids(tokenizer, problem):
     """A problem as tokens: its prompt, or for a chat model a conversation, rules and prompt."""
     if not tokenizer.has_turns:
         return tokenizer.encode(problem.prompt)
-    turns = ("system", problem.rules), ("user", problem.prompt)
+    turns = ("system", tasks.rules(problem)), ("user", problem.prompt)
     turns = [{"role": role, "content": text} for role, text in turns]
-    return tokenizer.encode_chat(chat_pieces(turns, [*map(tasks.described, problem.tools)]))
+    return tokenizer.encode_chat(chat_pieces(turns, [*map(environments.described, problem.tools)]))
 
 
 def respond(model, tokenizer, problems, seed, group_size=1, judge=None, **how):
@@ -299,7 +300,7 @@ class Environment:
         """What engine.generate needs; nothing where there is nothing to call."""
         if not any(p.tools for p in self.problems):
             return {}
-        end = self.tokenizer.encode(tasks.CALL_END)[0]
+        end = self.tokenizer.encode(environments.CALL_END)[0]
         return {"call_id": self.tokenizer.eos_id if self.tokenizer.has_turns else end} | {
             "reply": self.reply
         }

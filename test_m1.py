@@ -53,6 +53,7 @@ import bench_scale
 import cispo
 import cli
 import engine
+import environments
 import experience
 import judge as judging
 import layers
@@ -1561,10 +1562,10 @@ def test_a_call_that_ends_a_turn_begins_another_if_it_is_answered(rollout):
 def test_a_chat_model_is_told_of_tools_and_reads_results_in_m1s_own_turns(chat):
     t, begin = Tokenizer.of(M1Config(), chat[0]), "<beginning_of_sentence>ai name=assistant\n"
     problem = tasks.draw(random.Random(0), 2, ["tool"], 3)[1]
-    key, look = problem.prompt[1:-1], tasks.described(problem.tools[0])
+    key, look = problem.prompt[1:-1], environments.described(problem.tools[0])
     schema = {"type": "object", "properties": {"key": {"type": "string"}}, "required": ["key"]}
     assert look == {"name": "look", "description": "The digits behind a key.", "parameters": schema}
-    turns = {"system": problem.rules, "user": problem.prompt}.items()
+    turns = {"system": tasks.rules(problem), "user": problem.prompt}.items()
     turns = [{"role": role, "content": text} for role, text in turns]
     assert t.decode(experience.prompt_ids(t, problem)) == chat_prompt(turns, [look])
     assert experience.Environment(t, [problem], 1).arguments()["call_id"] == t.eos_id
@@ -1661,7 +1662,7 @@ def test_a_tool_answers_calls_of_any_form_a_few_times_and_its_bugs_cost_one_repl
     assert [len(reply(0, call)) for _ in range(4)] == [7, 7, 7, 0]
     assert environment.calls == {0: 4, 1: 1}
     with mock.patch.object(tasks.Lookup, "look", lambda self, key: "x" * 10**6):
-        assert len(reply(1, call)) == tasks.MOST_SAID + 1
+        assert len(reply(1, call)) == environments.MOST_SAID + 1
     with mock.patch.object(tasks.Lookup, "reply", lambda *_: 1 / 0):
         assert reply(5, call) == []
     assert capsys.readouterr().out.count("the tool crashed on '+") == 1
@@ -2139,9 +2140,10 @@ def test_m1_itself_is_asked_in_chat_turns_and_its_spelled_thinking_earns(chat, t
     t = Tokenizer.of(M1Config(), run / "step-000001")  # a checkpoint is complete
     problem = tasks.solve_mod("+314=")
     ids = experience.prompt_ids(t, problem)
-    turns = [{"role": "system", "content": problem.rules}, {"role": "user", "content": "+314="}]
+    said = {"system": tasks.rules(problem), "user": "+314="}
+    turns = [{"role": role, "content": text} for role, text in said.items()]
     assert t.decode(ids) == chat_prompt(turns) and ids[0] == M1_SPECIALS["<begin_of_document>"]
-    assert "running sum modulo 5" in problem.rules and len(t.encode("</think>\n\n")) == 3
+    assert "running sum modulo 5" in tasks.rules(problem) and len(t.encode("</think>\n\n")) == 3
     by_one(f"--resume {run}")  # though it is not told where it came from
     capsys.readouterr()
     sample.main(f"--model {run} --prompt hi --max-new-tokens 9".split())
