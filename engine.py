@@ -47,6 +47,10 @@ class Rollout(NamedTuple):
         """The same on another device."""
         return Rollout(*(x.to(device) if torch.is_tensor(x) else x for x in self))
 
+    def ids(self):
+        """The N responses as lists of token ids."""
+        return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist())]
+
     @classmethod
     def joined(cls, rollouts):
         """Several, one after the other."""

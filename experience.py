@@ -261,15 +261,13 @@ def _respond(model, tokenizer, problems, group_size, judge, how):
     closed = rollout.tokens == (tokenizer.think_end_id or -1)
     closed &= torch.arange(closed.shape[1]) >= rollout.begun[:, None]
     closed, texts = closed.sum(1).tolist(), response_texts(tokenizer, rollout, rollout.begun)
+    score = tasks.score_chat if tokenizer.has_turns else tasks.score
     for i, text in enumerate(texts):
         ended = rollout.ended[i] in ("eos", "budget")
         if not tokenizer.has_turns:  # byte by byte </think> is not the token
             ended = ended and text.count(tasks.THINK_END) == closed[i]
         problem, calls = problems[i // group_size], environment.calls[i]
-        score, started = (
-            tasks.score_chat if tokenizer.has_turns else tasks.score,
-            time.perf_counter(),
-        )
+        started = time.perf_counter()
         try:
             with sandbox.bounded():
                 found = score(problem, text, ended, calls)
@@ -300,10 +298,9 @@ class Environment:
         """What engine.generate needs; nothing where there is nothing to call."""
         if not any(p.tools for p in self.problems):
             return {}
-        end = self.tokenizer.encode(environments.CALL_END)[0]
-        return {"call_id": self.tokenizer.eos_id if self.tokenizer.has_turns else end} | {
-            "reply": self.reply
-        }
+        [end] = self.tokenizer.encode(environments.CALL_END)
+        call_id = self.tokenizer.eos_id if self.tokenizer.has_turns else end
+        return {"call_id": call_id, "reply": self.reply}
 
     def reply(self, number, tokens):
         """The tokens that answer a response's call, which is the end of `tokens`; none if it called
@@ -345,8 +342,7 @@ def tell_crash(what, problem, error, so):
 
 def response_texts(tokenizer, rollout, begun=0):
     """The N response texts, each from a token `begun` (N,) on, without the end token."""
-    where = zip((rollout.begun * 0 + begun).tolist(), rollout.lengths.tolist())
-    rows = (row[i:n] for row, (i, n) in zip(rollout.tokens.tolist(), where))
+    rows = (row[i:] for row, i in zip(rollout.ids(), (rollout.begun * 0 + begun).tolist()))
     return [tokenizer.decode([i for i in row if i != tokenizer.eos_id]) for row in rows]
 
 
@@ -440,14 +436,15 @@ def collect(model, tokenizer, problems, flags, sampling, step, judge=None):
         lengths += rollout.lengths.tolist()
         logp.append(rollout.logp[rollout.mask])
         rollout_s += rollout.seconds
-        begun, rows = [prompt_ids(tokenizer, p) for p in asked], kept.nonzero()[:, 0].tolist()
-        prompts += [begun[i // G] for i in rows]
-        own = zip(rollout.tokens[rows].tolist(), rollout.lengths[rows].tolist())
-        responses += [row[:n] for row, n in own]
+        begun, answers = [prompt_ids(tokenizer, p) for p in asked], rollout.ids()
+        for i in kept.nonzero()[:, 0].tolist():
+            prompts.append(begun[i // G])
+            responses.append(answers[i])
+        here = torch.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
+        here &= kept[:, None]
         cut = torch.tensor([flags.mask_truncated and why == "length" for why in rollout.ended])
         learned = rollout.mask & ~cut[:, None]
-        here = torch.arange(learned.shape[1]) < rollout.lengths[:, None]
-        parts.append([x[rows][here[rows]] for x in (learned, rollout.logp)] + [earned[rows]])
+        parts.append((learned[here], rollout.logp[here], earned[kept]))
         if len(prompts) >= flags.min_groups * G:
             break
     seen = {
