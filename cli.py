@@ -92,7 +92,7 @@ def short(value, most=200):
     """repr(value), cut to `most` characters."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):
+    except Exception:
         text = "a number of thousands of digits, or the like"
     return text if len(text) <= most else f"{text[:most]}..."
 

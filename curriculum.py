@@ -8,6 +8,7 @@ Curriculum   windows, difficulty and filtered problems, decided by what rollouts
 import math
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -163,8 +164,9 @@ class Curriculum:
             return lambda n: self.mix.draw(rng, n, self.moves, progress=progress)
         filter_seed, marks = self.kept
         pool = [p for p, keep in zip(self.candidates(filter_seed), marks) if keep]
-        shares = self.mix.shares(progress)
-        weights = [shares[p.task] for p in pool]
+        shares, found = self.mix.shares(progress), Counter(p.task for p in pool)
+        each = found if ":" not in self.mix.task else dict.fromkeys(found, 1)  # as many as are kept
+        weights = [shares[p.task] * each[p.task] / found[p.task] for p in pool]
         return lambda n: rng.choices(pool, weights if any(weights) else None, k=n)
 
     def observe(self, seen):

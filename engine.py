@@ -96,7 +96,8 @@ class Request:
     top_p: float = 1.0  # draw from the likeliest tokens that hold it
     pad_id: int = 0
     think_end_id: int | None = None  # </think>
-    think_budget: int | None = None  # unclosed thinking gets think_end_id after so many tokens
+    think_budget: int | None = None  # unclosed thinking gets think_end_id after so many tokens of
+    #                                  its own, which begin anew behind a reply
     repetition_stop: int = 3000  # a loop ends after so many tokens of p > 0.99 in a row; 0 = never
     max_rows: int | None = None  # responses at a time, in whole groups; None = all
     call_id: int | None = None  # ends a call, which generate's `reply` answers
@@ -257,7 +258,7 @@ def draw(logits, rows, out, ask):
         rows.given.sub_(1).clamp_(min=0)
     if ask.think_budget is not None:
         forced = drawn & rows.thinking & (token != ask.think_end_id)
-        forced &= rows.step >= ask.think_budget
+        forced &= rows.step - out.begun[rows.number] >= ask.think_budget
         token, drawn = token.masked_fill(forced, ask.think_end_id), drawn & ~forced
         out.forced[rows.number] |= forced
     out.tokens[at] = token.where(alive, ask.pad_id)
@@ -272,7 +273,8 @@ def draw(logits, rows, out, ask):
         sure = logits.softmax(-1).gather(1, token[:, None])[:, 0] > 0.99
         streak = (rows.streak + 1) * sure
         rows.streak.copy_(streak if ask.call_id is None else streak.where(drawn, rows.streak))
-        code.masked_fill_(rows.streak >= ask.repetition_stop, REPETITION)
+        loops = (rows.streak >= ask.repetition_stop) & (token != ask.eos_id)
+        code.masked_fill_(loops, REPETITION)
     rows.called.copy_(drawn & (token == (-1 if ask.call_id is None else ask.call_id)))
     ends = (token == ask.eos_id) & drawn
     if ask.call_id == ask.eos_id:  # answer_calls decides
@@ -297,6 +299,7 @@ def answer_calls(rows, out, ask, reply):
         rows.given[i] = len(ids)
         if ids:
             out.begun[number] = step + len(ids)
+            rows.thinking[i] |= ask.call_id == ask.eos_id  # in its next turn
         elif ask.call_id == ask.eos_id:
             rows.alive[i], out.cause[number] = False, EOS
     rows.called.zero_()
@@ -529,7 +532,7 @@ def generate(model, prompts, *, on_tokens=None, reply=None, cache=None, **reques
     Every response draws from a stream of its own, made of seed and its number: in fp32 its tokens
     do not depend on those beside it (but for rounding, where two are as likely); in bf16 products
     round differently with the size of a batch. on_tokens(responses, tokens) is called after each
-    step with the numbers and tokens of those that drew one. reply(response, tokens since its last
+    step with the numbers and tokens of those that took one. reply(response, tokens since its last
     reply) is asked when one has drawn call_id; the tokens that it returns come next, see
     answer_calls. cache: that of one conversation so far. The one prompt is what comes next, and the
     cache then holds it and the response but for the response's last token, which no step has read.

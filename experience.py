@@ -11,6 +11,7 @@ Dimension key: N sequences, L tokens of the longest, G responses per prompt.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -269,7 +270,7 @@ def _respond(model, tokenizer, problems, group_size, judge, how):
         problem, calls = problems[i // group_size], environment.calls[i]
         started = time.perf_counter()
         try:
-            with sandbox.bounded():
+            with bounded(problem):
                 found = score(problem, text, ended, calls)
         except (Exception, SystemExit) as error:  # a verifier's bug costs a reward, not the run
             tell_crash("verifier", problem, error, "earns nothing")
@@ -292,7 +293,7 @@ class Environment:
 
     def __init__(self, tokenizer, problems, group_size):
         self.tokenizer, self.problems, self.group_size = tokenizer, problems, group_size
-        self.calls = Counter()  # that each response has made and were answered
+        self.calls = Counter()  # of each response, but for those beyond MOST
 
     def arguments(self):
         """What engine.generate needs; nothing where there is nothing to call."""
@@ -310,7 +311,7 @@ class Environment:
         if not problem.tools or not left:
             return []
         try:
-            with sandbox.bounded():
+            with bounded(problem):
                 if self.tokenizer.has_turns:
                     return self._turn(problem, number, tokens, left)
                 self.calls[number] += 1
@@ -331,6 +332,20 @@ class Environment:
         results = [{"name": name[:100], "text": text} for name, text in said]
         pieces = chat_pieces([{"role": "tool", "content": results}])[1:]
         return self.tokenizer.encode(END_OF_TURN[1]) + self.tokenizer.encode_chat(pieces)
+
+
+_hung = Counter()  # how often functions of a task did
+
+
+@contextlib.contextmanager
+def bounded(problem):
+    """sandbox.bounded; a task that has hung gets less time, so that a step comes to an end."""
+    try:
+        with sandbox.bounded(20 / (1 + _hung[problem.task])):
+            yield
+    except TimeoutError:
+        _hung[problem.task] += 1
+        raise
 
 
 def tell_crash(what, problem, error, so):

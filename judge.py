@@ -89,9 +89,8 @@ class Judge:
         said = [text.partition(tasks.THINK_END)[2].strip() for text in texts]
         asked = [(problems[i].prompt, problems[i].answer, said[i]) for i in rows]
         for i, grade in zip(rows, self.grade(*zip(*asked)) if asked else []):
-            scores[i] = dataclasses.replace(
-                scores[i], reward=grade + tasks.FORMAT_REWARD, grade=grade
-            )
+            reward = grade + tasks.FORMAT_REWARD - tasks.CALL_COST * scores[i].calls
+            scores[i] = dataclasses.replace(scores[i], reward=reward, grade=grade)
         return scores
 
     def train(self, seed, answers, bias=0.0, steps=600, batch_size=64, lr=4e-3):

@@ -93,7 +93,7 @@ class MoE(nn.Module):
     def exchanged(self, x, weight, chosen):
         """Where several processes hold some experts each: rows go to theirs and come back."""
         token, place, ends = plan(chosen, len(self.w1))
-        rows, expert, back = parallel.exchange(_Spread.apply(x, token, place), ends)
+        rows, expert, back = parallel.exchange(_Spread.apply(x, chosen, token, place), ends)
         form = self.best_form(rows) if len(rows) else "loop"  # kernels take no empty batch
         y = getattr(self, form)(rows, torch.ones_like(rows[:, :1]), expert[:, None])
         return _Summed.apply(back(y), weight, token, place)
@@ -231,15 +231,15 @@ class _Spread(torch.autograd.Function):
     """x (T, D) -> rows (T k, D); the sum that goes back has one order, and no atomic additions."""
 
     @staticmethod
-    def forward(ctx, x, token, place):
-        ctx.place = place.view(len(x), -1)
+    def forward(ctx, x, chosen, token, place):
+        ctx.place = place.view_as(chosen)
         return x.index_select(0, token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         ones = torch.ones_like(ctx.place, dtype=grad.dtype)
-        return sum_rows(grad.contiguous(), ctx.place.flatten(), ones), None, None
+        return sum_rows(grad.contiguous(), ctx.place.flatten(), ones), None, None, None
 
 
 class _Summed(torch.autograd.Function):

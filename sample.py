@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import sandbox
 import tasks
 from cli import (
     check,
@@ -35,7 +36,7 @@ from cli import (
 from cli import model as m1
 from curriculum import Mix
 from engine import generate
-from experience import Environment
+from experience import Environment, response_texts
 from tokenizer import END_OF_TURN, Tokenizer, chat_pieces, parse_tool_calls
 
 # ============================================================================
@@ -159,7 +160,11 @@ def judged(problems, prompt, text, ended):
     problem = problems.solve(prompt)
     if problem is None:
         return f"no problem of {problems.task} that tasks.py can solve; this run learnt no other"
-    right = tasks.score(problem, text, ended).correct
+    try:
+        with sandbox.bounded():
+            right = tasks.score(problem, text, ended).correct
+    except Exception as error:
+        return f"the verifier of {problem.task} crashed: {short(error)}"
     verdict = "right" if right else f"wrong: the answer is {problem.answer}"
     moves, least, most = len(problem.chain), problems.min_moves or problems.moves, problems.moves
     if not least <= moves <= most:
@@ -180,9 +185,11 @@ def stream(tokenizer, answer, problems, content, role, **request):
     rollout = answer(content, role, on_tokens=show, **request)
     print(decoder.decode(b"", final=True), end="")
     ended, verdict = rollout.ended[0], ""
-    if problems:  # judge what came after a tool's last answer
-        answered = "".join(said[int(rollout.begun[0]) :])
-        verdict = judged(problems, content, answered, ended in ("eos", "budget"))
+    if problems:  # as in training: what came after a tool's last answer, closed by the token
+        [answered] = response_texts(tokenizer, rollout, rollout.begun)
+        n = rollout.ids()[0][int(rollout.begun[0]) :].count(tokenizer.think_end_id)
+        closed = ended in ("eos", "budget") and answered.count(tasks.THINK_END) == n
+        verdict = judged(problems, content, answered, closed)
     print(f"   [{int(rollout.lengths[0])} tokens, ended by {ended}]  {verdict}".rstrip())
     return "".join(said)
 

@@ -24,7 +24,6 @@ with it has failed, and the next one gets a new server.
 import contextlib
 import ctypes
 import inspect
-import io
 import json
 import os
 import platform
@@ -358,10 +357,12 @@ def _pool():
 
 
 def _forget():
-    """In a fork of this process: servers answer their own parent, and threads are not there."""
+    """In a fork of this process: servers answer their own parent; no threads, no timers."""
     global _servers
     _servers = threading.local()
     _pool.cache_clear()
+    if _armed:
+        signal.setitimer(signal.ITIMER_REAL, 20, 1)
 
 
 if hasattr(os, "register_at_fork"):
@@ -373,6 +374,9 @@ if hasattr(os, "register_at_fork"):
 # ============================================================================
 
 
+_armed = False  # a function of a task is at work
+
+
 class _Late(BaseException):  # which an `except Exception` does not hold up
     pass
 
@@ -380,18 +384,23 @@ class _Late(BaseException):  # which an `except Exception` does not hold up
 @cache
 def _alarm():
     def late(*_):
-        raise _Late
+        if _armed:
+            raise _Late
 
     signal.signal(signal.SIGALRM, late)
 
 
-class _Few(io.TextIOBase):
+class _Few:
     """A file that takes so many characters more."""
 
     def __init__(self, file, left):
         self.file, self.left = file, left
 
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
     def write(self, text):
+        """As the file does; ValueError if it is too much."""
         self.left -= len(text)
         if self.left < 0:
             raise ValueError("it prints too much")
@@ -401,9 +410,10 @@ class _Few(io.TextIOBase):
 @contextlib.contextmanager
 def bounded(seconds=20, characters=10_000):
     """For a function of a task, which nothing isolates: if it takes longer or prints more it raises
-    TimeoutError or ValueError, and a fork that it does not end ends here.
+    TimeoutError or ValueError, and a fork of this process that it leaves ends, here or when its
+    time is over. In the main thread; the function sets no alarm and passes on every exception.
     """
-
+    global _armed
     own, timed = os.getpid(), threading.current_thread() is threading.main_thread()
     timed = timed and hasattr(signal, "setitimer")
     if timed:
@@ -411,10 +421,15 @@ def bounded(seconds=20, characters=10_000):
         signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         with contextlib.redirect_stdout(_Few(sys.stdout, characters)):
-            yield
+            _armed = timed
+            try:
+                yield
+            finally:
+                _armed = False
     except _Late:
-        raise TimeoutError(f"it took more than {seconds} s") from None
+        raise TimeoutError(f"it took more than {seconds:.2g} s") from None
     finally:
+        _armed = False
         if os.getpid() != own:
             os._exit(0)
         if timed:

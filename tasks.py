@@ -309,8 +309,8 @@ def crashed(calls):
 
 
 def score(problem, text, ended=True, calls=0):
-    """Score a response text; `ended` says whether the model ended it itself. Where tools answered
-    calls, so many, it is what came after the last answer.
+    """Score a response text; `ended` says whether the model ended it itself. After so many
+    calls it is what came behind the last answer of a tool.
 
     Well-formed: ended, with exactly one </think>, some thinking before it and an answer after it.
     Only well-formed responses can be correct. The thinking itself is not judged.

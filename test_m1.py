@@ -1152,9 +1152,9 @@ def test_a_fork_without_loss_stays_visible_as_input():
 
 
 def test_a_response_has_room_for_the_call_it_needs_and_a_reply_spells_no_special_token():
-    for n in (1, 2, 3):  # held-out problems, none of which may need it
-        flags = settings(task="mod,tool", moves=5, eval_problems=n)
-        assert flags.longest() == len("[00000]+00000=" + "00000" + "0") + 9
+    for moves in (4, 5, 10):  # at 4 and 10 the first that is drawn needs no call
+        flags = settings(task="mod,tool", moves=moves, eval_problems=1)
+        assert flags.longest() == len("[]+=") + 3 * moves + 1 + 9
     with mock.patch.object(tasks.Lookup, "look", lambda self, key: "</think>"):
         batch = train_rl.demonstrations(flags, random.Random(0), TOKENIZER, 60, "cpu")
     called = (batch.tokens == ord("[")).any(1)
@@ -1328,6 +1328,12 @@ def test_a_used_up_thinking_budget_closes_the_thinking_and_the_token_is_not_trai
     cut = engine.generate(model, prompts, **{**kw, "eos_id": int(r.tokens[0, 4])})
     late = [e for e, n in zip(cut.ended, cut.lengths) if n > 4]
     assert "budget" in late and "eos" not in late and (r.lengths == 24).all()
+    assert r.ended == ["length"] * 12  # closed by the budget, then cut
+    once, how = [[7] * 5], {**kw, "think_budget": 6, "call_id": int(r.tokens[0, 2])}
+    once = engine.generate(model, prompts[:1], reply=lambda *_: once.pop() if once else [], **how)
+    begun = once.begun.max()  # behind a reply it begins anew
+    [row] = once.tokens[once.begun == begun].tolist()
+    assert begun > 0 and row.index(262) == begun + 6
     own = engine.generate(model, prompts, **{**kw, "think_end_id": int(r.tokens[0, 1])})
     assert torch.equal(own.tokens[0, :3], r.tokens[0, :3]) and own.mask[0].all()  # it closed itself
 
@@ -1363,6 +1369,12 @@ def test_a_reply_comes_next_is_no_draw_and_holds_up_no_other_row(graphs, rollout
             assert own == drawn and torch.equal(tokens[:first], plain.tokens[number, :first])
             assert own or torch.equal(tokens[:n], plain.tokens[number, :n])  # others do not notice
         assert 1 < len(calls) < 12 and r.lengths.max() == 24
+    asked = collections.Counter()
+    nothing = engine.generate(
+        model, prompts, reply=lambda i, _: asked.update([i]) or [], call_id=call, max_rows=4, **kw
+    )
+    rows = enumerate(nothing.ids())
+    assert asked == {i: row[:-1].count(call) for i, row in rows if call in row[:-1]}  # once each
     batch = batch_of(prompts, r)
     logp, _, _ = experience.trained_logp(model, batch, 0.8)
     where = torch.cat([m[:n] for m, n in zip(r.mask, r.lengths)])
@@ -1386,6 +1398,8 @@ def test_a_looping_response_is_stopped(monkeypatch):
     replies = [[third] * 2, *[[]] * 9]  # tokens of a reply are not its own
     answered = ended([65], call_id=third, reply=lambda *_: replies.pop(0))[0]
     assert answered == [("repetition", 8)]
+    chat = ended([65], stop=3, eos=third, call_id=third, reply=lambda *_: [])[0]
+    assert chat == ended([65], stop=3, eos=third)[0] == [("eos", 3)]
     first, second = ended([65], [66], eos=third)[0]  # its count survives the first one's removal
     assert first[0] == "eos" and second == ("repetition", 6)
     problem, limits = settings().held_out[:1], settings(repetition_stop=3).limits()  # a run's flag
@@ -1668,7 +1682,9 @@ def test_a_tool_answers_calls_of_any_form_a_few_times_and_its_bugs_cost_one_repl
     assert capsys.readouterr().out.count("the tool crashed on '+") == 1
 
 
-def test_a_tasks_own_function_that_hangs_prints_or_forks_raises_and_the_run_goes_on(capsys):
+def test_a_tasks_own_function_that_hangs_prints_or_forks_raises_and_the_run_goes_on(
+    capsys, tmp_path
+):
     def raised(function, **how):
         try:
             with sandbox.bounded(**how):
@@ -1686,10 +1702,68 @@ def test_a_tasks_own_function_that_hangs_prints_or_forks_raises_and_the_run_goes
         raised(lambda: [print("x" * 99) for _ in range(10**9)]) == "ValueError: it prints too much"
     )
     assert capsys.readouterr().out.count("x") == 9900
-    parent = os.getpid()
-    assert raised(lambda: print(os.fork() == 0)) is None and os.getpid() == parent
+    parent, marker = os.getpid(), tmp_path / "a fork went on"
+    assert raised(os.fork) is None
+    if os.getpid() != parent:
+        marker.write_text("")
+        os._exit(1)
+    assert os.wait()[1] == 0 and not marker.exists()
     assert raised(lambda: print("fine"), seconds=0.05) is None
     time.sleep(0.1)  # no alarm is left
+    assert raised(lambda: sys.stdout.flush() or sys.stdout.encoding) is None
+    real = sandbox.bounded
+    asked = mock.Mock(side_effect=lambda seconds: real(seconds / 100))
+    with mock.patch.object(sandbox, "bounded", asked):
+        for _ in range(3):
+            with pytest.raises(TimeoutError), experience.bounded(tasks.solve_mod("+31=")):
+                time.sleep(9)
+    assert [call.args[0] for call in asked.call_args_list] == pytest.approx([20, 10, 20 / 3])
+    experience._hung.clear()
+
+
+def test_calls_are_counted_and_what_comes_behind_the_last_answer_is_judged(monkeypatch, capsys):
+    """Four responses to a problem whose digits lie behind a key, as an engine would draw them."""
+
+    class Fails(tasks.Lookup):
+        def check(self, answer):
+            raise SystemExit("a verifier leaves")
+
+    hidden = next(p for p in tasks.draw(random.Random(1), 9, ["tool"], 3) if p.needed)
+    fails = Fails(**vars(hidden))
+    right = f"~{hidden.chain}</think>{hidden.answer}"
+    eos, end = TOKENIZER.eos_id, TOKENIZER.think_end_id
+
+    def generate(model, prompts, reply, call_id, **how):
+        rows, begun = [], []
+        for number, (calls, text, specials) in enumerate(
+            [(1, right, True), (2, right, True), (1, right, False), (0, f"~</think>]{right}", True)]
+            * 2
+        ):
+            row, start = [], 0
+            for _ in range(calls):
+                row += TOKENIZER.encode("</think>" + hidden.call, specials=True)
+                assert row[-1] == call_id
+                row += reply(number, row[start:])
+                start = len(row)
+            rows.append([*row, *TOKENIZER.encode(text, specials=specials), eos])
+            begun.append(start)
+        tokens = torch.nn.utils.rnn.pad_sequence([*map(torch.tensor, rows)], True)
+        lengths = torch.tensor([*map(len, rows)])
+        drawn = tokens >= 0
+        ended = ["eos"] * len(rows)
+        return engine.Rollout(tokens, 0.0 * tokens, drawn, lengths, torch.tensor(begun), ended)
+
+    monkeypatch.setattr(engine, "generate", generate)
+    rollout, scores = experience.respond(small_model(), TOKENIZER, [hidden, fails], 0, 4)
+    assert [s.calls for s in scores] == [1, 2, 1, 0] * 2 and min(s.seconds for s in scores) > 0
+    assert [s.reward for s in scores[:4]] == pytest.approx([0.9, 0.7, -0.2, 0])
+    assert [s.forked for s in scores[:4]] == [True] * 4
+    assert [s.reward for s in scores[4:]] == pytest.approx([-0.2, -0.4, -0.2, 0])
+    assert [s.crashed for s in scores] == [False] * 4 + [True, True, False, False]
+    assert capsys.readouterr().out.count("a verifier leaves") == 2
+    both = engine.Rollout.joined([rollout, rollout])
+    assert both.begun.tolist() == rollout.begun.tolist() * 2 and both.ids() == rollout.ids() * 2
+    assert end in rollout.ids()[0]
 
 
 def test_a_mix_draws_tasks_by_their_weights_which_move_over_the_steps(monkeypatch):
@@ -1708,6 +1782,9 @@ def test_a_mix_draws_tasks_by_their_weights_which_move_over_the_steps(monkeypatc
     curriculum.kept = 0, [True] * 9 + [False] * 21
     drawn = [p.task for p in curriculum.problems(0, 1)(3000)]
     assert drawn.count("cups") == 0 and 900 < drawn.count("walk") < 1100
+    curriculum.kept = 0, [i % 3 == 0 or i == 1 for i in range(30)]  # ten and one: as weights say
+    drawn = [p.task for p in curriculum.problems(0, 1)(3000)]
+    assert 900 < drawn.count("walk") < 1100
     with pytest.raises(ValueError, match="names walk twice; give it a weight: walk:2"):
         Mix("mod,walk,walk:2")
     bad = "mod: mod:x mod:1- mod:-1 mod:1-2-3 mod:1..2 mod:0 mod:1-0 mod:1001 mod:1e3".split()
@@ -2094,6 +2171,28 @@ def test_several_processes_take_the_steps_of_one_and_go_on_with_any_number(start
     done = processes(4, script, f"--resume {four} --steps 2 --sp 2 --micro-tokens 40")
     assert done.returncode == 0, done.stderr
     same(2, one, four)
+
+
+@pytest.mark.parametrize("T", [0, 5])
+def test_rows_that_travel_and_their_weighted_sums_have_the_gradients_of_plain_indexing(T):
+    x, weight = torch.randn(T, 6).double(), torch.rand(T, 2).double()
+    chosen = torch.rand(T, 4).topk(2).indices
+    token, place, _ = experts.plan(chosen, 4)
+
+    def gradients(spread, summed):
+        inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        out = summed(spread(inputs[0]).sin(), inputs[1])
+        return out, *torch.autograd.grad(out.pow(2).sum(), inputs)
+
+    ours = gradients(
+        lambda x: experts._Spread.apply(x, chosen, token, place),
+        lambda y, weight: experts._Summed.apply(y, weight, token, place),
+    )
+    plain = gradients(
+        lambda x: x[token], lambda y, weight: (y[place].view(T, 2, 6) * weight[..., None]).sum(1)
+    )
+    for a, b in zip(ours, plain):
+        torch.testing.assert_close(a, b)
 
 
 CHAT_MERGES = "t h, i n, th in, thin k, < think, < /, > Ċ, >Ċ Ċ".split(", ")
@@ -2499,6 +2598,8 @@ def test_a_judge_pays_what_no_rule_pays_and_nothing_else_changes(judge, monkeypa
     for i, (before, after) in enumerate(zip(answered(), answered(judge=taught))):
         graded = dict(reward=0.6, grade=0.5) if mixed[i // 2].judged else {}
         assert before.well_formed and after == dataclasses.replace(before, **graded)
+    called = [dataclasses.replace(tasks.score(mixed[1], ".</think>a3"), calls=2)]
+    assert taught.scores([mixed[1]], [".</think>a3"], called)[0].reward == pytest.approx(0.2)
     monkeypatch.setattr(tasks.Open, "check", lambda *_: 1 / 0)  # a crash is not judged
     crashed = answered(judge=taught)
     assert [s.crashed for s in crashed] == [False, False, True, True] * 3
@@ -2784,6 +2885,9 @@ def test_a_runs_own_tasks_judge_an_answer(tmp_path):
         problems = sample.run_problems(tmp_path / "step-000001")
         assert re.fullmatch(verdict, sample.judged(problems, prompt, text, ended=True))
         assert "right" not in sample.judged(problems, prompt, text, ended=False)  # it was cut
+    with mock.patch.object(tasks.Problem, "check", lambda *_: 1 / 0):
+        verdict = sample.judged(problems, "+31=", ".</think>4", ended=True)
+    assert verdict.startswith("the verifier of mod crashed: ZeroDivisionError")
     file.write_text('{"flags": {"task": "of another version"}}')
     assert sample.run_problems(tmp_path / "step-000001") is sample.run_problems(tmp_path) is None
 

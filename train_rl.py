@@ -10,9 +10,9 @@
     3. THE LOOP          train
     4. Around it         begin, banner, step_line, read_flags, main
 
-Where this differs from the textbook: there is no value function and no KL term; groups in which all
-are right or all wrong are dropped; log-probs before the updates are computed anew, by the pass that
-the updates use.
+Where this differs from the textbook: there is no value function and no KL term; groups whose
+answers are all worth the same are dropped; log-probs before the updates are computed anew, by the
+pass that the updates use.
 
 Dimension key: N sequences, L tokens of the longest, G responses per prompt.
 """
@@ -592,7 +592,7 @@ def read_flags(argv):
     flags = parse(Flags, argv, title, unflat(Flags, old))
     may = CHANGEABLE if kind == "resume" else SCORED
     old = old or flat(Flags())
-    moving = flags.mix.shares(0) != flags.mix.shares(1)
+    moving = len(flags.mix.names) > 1 and flags.mix.shares(0) != flags.mix.shares(1)
     if kind == "resume" and moving and flags.steps != old["steps"]:
         raise ValueError(
             f"--resume: other --steps would move the weights of --task {flags.mix.task}"
@@ -613,9 +613,8 @@ def main(argv=None):
         return summary
     config = model_config(flags, flags.eval)
     device = parallel.start(choose_device(flags, config))
-    tokenizer = load_tokenizer(flags, flags.eval, config)
     model = load_model(flags, flags.eval, config, device)
-    scores, families = evaluate(model, tokenizer, flags)
+    scores, families = evaluate(model, load_tokenizer(flags, flags.eval, config), flags)
     told = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
     print(f"{checkpoint.checkpoint_dir(flags.eval)}: {told}")
     if len(families) > 1:
