@@ -46,7 +46,7 @@ FIGURES = HERE.parent / "figures"
 README = " ".join((HERE / "README.md").read_text().split())
 TOP = (HERE.parent / "README.md").read_text()
 STUDIES = ["algos", "algos --full", "control", "eps", "eps --fast", "precision", "adam"]
-STUDIES += ["balance", "windows", "hybrid", "judge"]
+STUDIES += ["balance", "windows", "hybrid", "judge", "recall --device cpu"]
 
 
 def committed(name):
