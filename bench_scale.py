@@ -61,7 +61,7 @@ def measure(quick):
             again = "bench.py scale" + f" --quick --out {folder}" * quick
             said = run(processes, again).splitlines()
             rows += [json.loads(line) for line in said if line.startswith("{")]
-            print(f"{processes} processes", *rows, sep="\n    ", flush=True)
+            print(f"{processes} processes", flush=True)
     alone = {row["job"]: float(row["seconds"]) for row in rows if row["processes"] == 1}
     for row in rows:
         row["speedup"] = f"{alone[row['job']] / float(row['seconds']):.3f}"
