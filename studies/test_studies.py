@@ -280,6 +280,7 @@ def test_every_study_has_settings_that_train_rl_knows_and_can_run():
             settings = {k: x for k, x in (plan.flags | own).items() if k not in common.CHANGES}
             assert settings.keys() <= flat(train_rl.Flags()).keys(), plan.name
             common.unflat(train_rl.Flags, common.PRESSURE | settings)
+            common.unflat(train_rl.Flags, common.PRESSURE | settings | plan.base)
     for settings, *_ in budget.PLANS.values():
         common.unflat(train_rl.Flags, settings)
     with pytest.raises(ValueError, match="no setting stepz"):
