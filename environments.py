@@ -30,11 +30,15 @@ class Problem:
     `tools` where a response may call some.
     """
 
-    judged = False  # True: no rule pays its answers, a judge does (judge.py)
     task: str
     prompt: str
     chain: str
     answer: str
+
+    tools = ()  # functions of texts, whose names and docstrings a chat model is told
+    call = ""  # what calls the first one in the way that helps, if there are some: [ARGUMENT]
+    needed = False  # whether the problem cannot be solved without
+    judged = False  # True: no rule pays its answers, a judge does (judge.py)
 
     def check(self, answer):
         """Whether a model's answer is right, True or False. Must accept any string."""
@@ -43,10 +47,6 @@ class Problem:
     def shown(self, rng):
         """The answer that a demonstration gives."""
         return self.answer
-
-    tools = ()  # functions of texts, whose names and docstrings a chat model is told
-    call = ""  # what calls the first one in the way that helps, if there are some: [ARGUMENT]
-    needed = False  # whether the problem cannot be solved without
 
     def use(self, name, arguments):
         """What a tool says to a call, or what is wrong with the call."""
